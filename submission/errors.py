@@ -1,0 +1,37 @@
+"""One exception an exit code. Raised where the fact is known, turned into one line by the command line."""
+
+
+class BankoError(Exception):
+    """A failure with a one-line message that says what is wrong and what to do, and the exit code for it."""
+
+    exit_code = 1
+
+
+class UsageError(BankoError):
+    """The request makes no sense: an option, a task file, a device that is not there."""
+
+    exit_code = 2
+
+
+class BudgetError(BankoError):
+    """The budget cannot hold even one round."""
+
+    exit_code = 3
+
+
+class CheckpointError(BankoError):
+    """A checkpoint is missing, damaged or of the wrong kind."""
+
+    exit_code = 4
+
+
+class OutputError(BankoError):
+    """The output cannot be written."""
+
+    exit_code = 5
+
+
+class InputFileError(BankoError):
+    """A file handed to a tool was refused."""
+
+    exit_code = 6
