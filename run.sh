@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# The one command: sets up .venv on first use, then runs the job or one of the tools. `./run.sh --help` says more.
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+# Installs a requirements file into .venv, once for each content of it.
+install() {
+    local requirements=$1 stamp
+    stamp="$here/.venv/installed-$(sha256sum "$here/$requirements" | cut -c1-16)"
+    [[ -e $stamp ]] && return
+    echo "installing $requirements into .venv (once; a few minutes)" >&2
+    if ! "$here/.venv/bin/pip" install --quiet --disable-pip-version-check -r "$here/$requirements" \
+        >"$here/.venv/install.log" 2>&1; then
+        tail -n 20 "$here/.venv/install.log" >&2
+        echo "error: installing $requirements failed; the whole log is in .venv/install.log" >&2
+        exit 1
+    fi
+    touch "$stamp"
+}
+
+# BANKO_PYTHON is an interpreter where everything is installed already, as in the image.
+python=${BANKO_PYTHON:-}
+if [[ -z $python ]]; then
+    if [[ ! -x $here/.venv/bin/pip ]]; then
+        base=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3 || true)
+        if [[ -z $base ]] || ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+            echo "error: Python 3.11 or newer is needed (with its venv module)" >&2
+            exit 1
+        fi
+        "$base" -m venv "$here/.venv"
+    fi
+    python=$here/.venv/bin/python
+    install requirements.txt
+    case ${1:-} in test | evaluate | train-embedded) install requirements-dev.txt ;; esac
+fi
+
+export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+case ${1:-} in
+test)
+    shift
+    cd "$here"
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+    "$python" -m mypy
+    exec "$python" -m pytest "$@"
+    ;;
+evaluate | train-embedded)
+    tool=${1//-/_}
+    shift
+    exec "$python" -m "tools.$tool" "$@"
+    ;;
+*)
+    exec "$python" -m submission "$@"
+    ;;
+esac

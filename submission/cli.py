@@ -1,0 +1,156 @@
+"""Arguments to one JobConfig, errors to one line and an exit code."""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from submission.budget import parse_seconds, start_budget
+from submission.errors import BankoError
+from submission.tasks import builtin_names, load_task
+
+EXAMPLES = """examples:
+  ./run.sh cifar100                              ten minutes, embedded model without a GPU, SDXL-Turbo with one
+  ./run.sh tinyimagenet --budget 2m --seed 7     another task, budget and seed
+  ./run.sh cifar100 --model models/sdxl-turbo --resolution 256
+  ./run.sh my-classes.toml --prompts diverse     a task of your own
+
+exit codes:
+  0 file complete   2 usage   3 the budget cannot hold one round   4 checkpoint missing, damaged or of the wrong kind
+  5 output cannot be written
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="./run.sh",
+        description="Makes a class-balanced synthetic training set from class names, inside a time budget: "
+        "OUT/NAME.pt, with a manifest (.json) and a contact sheet (.png).",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("task", metavar="TASK", help=f"{', '.join(builtin_names())}, or the path of a task's .toml")
+    parser.add_argument(
+        "--budget", default="10m", metavar="TIME", help="from process start to exit: 600, 90s or 10m (default: 10m)"
+    )
+    parser.add_argument(
+        "--started-at",
+        type=float,
+        default=os.environ.get("BANKO_STARTED_AT"),
+        metavar="EPOCH",
+        help="when the clock started, in Unix seconds, if before this process (default: $BANKO_STARTED_AT)",
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs/")
+    parser.add_argument(
+        "--model",
+        default="auto",
+        metavar="MODEL",
+        help="auto, embedded, a folder in SDXL-Turbo's layout, or a hub id; auto is $BANKO_MODEL, else "
+        "models/sdxl-turbo, else SDXL-Turbo from the hub with a GPU and the embedded model without (default: auto)",
+    )
+    parser.add_argument(
+        "--resolution", type=_positive, metavar="PX", help="canvas to generate on (default: the checkpoint's own)"
+    )
+    parser.add_argument(
+        "--aug-per-image", type=_count, default=4, metavar="N", help="augmented copies an image at most (default: 4)"
+    )
+    parser.add_argument(
+        "--pda", choices=("paper", "natural", "none"), default="natural", help="how copies are made (default: natural)"
+    )
+    parser.add_argument(
+        "--prompts",
+        choices=("label", "described", "diverse"),
+        default="described",
+        help="bare class names, descriptions, or descriptions in phrasings taken in turn (default: described)",
+    )
+    parser.add_argument(
+        "--max-ipc", type=_positive, metavar="N", help="most images a class in the file (default: the task's, 500)"
+    )
+    parser.add_argument("--seed", type=_count, default=0, metavar="N", help="0 or more (default: 0)")
+    parser.add_argument(
+        "--batch-size", type=_auto_or_positive, default=None, metavar="N", help="auto or a number (default: auto)"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), default="float32", help="of the file (default: float32)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument("--log", choices=("plain", "rich", "json"), help="default: rich on a terminal, plain otherwise")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None, process_start: float | None = None) -> int:
+    """Runs the command line and returns the exit code. ``process_start`` is in Unix seconds."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return _run(options, process_start or time.time())
+    except BankoError as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(options: argparse.Namespace, process_start: float) -> int:
+    task = load_task(options.task)
+    budget = start_budget(parse_seconds(options.budget), process_start, options.started_at)
+    stop = _stop_on_signals()
+    # These take seconds to import, and wrong usage should be said at once.
+    from submission.job import JobConfig, run  # noqa: PLC0415
+    from submission.progress import Log, default_style  # noqa: PLC0415
+
+    config = JobConfig(
+        task=task,
+        output=options.output,
+        model=options.model,
+        resolution=options.resolution,
+        copies=options.aug_per_image,
+        pda=options.pda,
+        prompts=options.prompts,
+        cap=options.max_ipc or task.max_ipc,
+        seed=options.seed,
+        batch_size=options.batch_size,
+        dtype=options.dtype,
+        device=options.device,
+    )
+    log = Log(options.log or default_style(), budget)
+    try:
+        run(config, budget, log, stop)
+    finally:
+        log.close()
+    return 0
+
+
+def _stop_on_signals() -> threading.Event:
+    """An event that SIGTERM and SIGINT set; a second signal has its usual effect, at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handle)
+    return stop
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def _auto_or_positive(text: str) -> int | None:
+    return None if text == "auto" else _positive(text)

@@ -1,0 +1,159 @@
+"""The challenge's ``.pt`` file: written from the spool class by class, copies made on the way, checked, put in place.
+
+The file is what ``torch.save`` would write for one float tensor [classes * IPC, 3, H, W], so ``torch.load`` reads it
+with ``weights_only=True`` and can map it. It is streamed, so that memory does not grow with it.
+"""
+
+import os
+import time
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.serialization import skip_data
+
+from submission.augment import PdaStyle, augment
+from submission.errors import OutputError
+from submission.tasks import Task
+
+# Pixels held as floats at a time while writing or verifying.
+PIXELS_A_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the bytes of the file, beside the rounds: task, IPC, augmentation, its seed, the file's dtype."""
+
+    task: Task
+    ipc: int
+    pda: PdaStyle
+    seed: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class FileTimes:
+    """Seconds spent on a file: drawing copies, all else that grows with it, and what any file costs."""
+
+    copies: float
+    images: float
+    fixed: float
+
+
+def write_dataset(path: Path, rounds: NDArray[np.uint8], recipe: Recipe) -> FileTimes:
+    """Writes ``path`` from ``rounds`` [R, classes, 3, H, W] and puts it in place whole, checked, or not at all.
+
+    Class by class: the R generated images in round order, then copies, the first copy of every image before the second
+    of any: at place j of a class stands round ``j % R``, copy ``j // R`` (0 is the image itself). Raises OutputError.
+    """
+    task = recipe.task
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    shape = (len(task.classes) * recipe.ipc, 3, task.size, task.size)
+    copying = 0.0
+    started = time.perf_counter()
+    try:
+        skeleton = _skeleton(unfinished, shape, recipe.dtype)
+        with zipfile.ZipFile(unfinished, "w") as archive:
+            for name, content in skeleton.items():
+                if content is not None:
+                    archive.writestr(name, content)
+                    continue
+                with archive.open(_aligned(name, archive), "w", force_zip64=True) as stream:
+                    streaming = time.perf_counter()
+                    for images, seconds in _chunks(rounds, recipe):
+                        copying += seconds
+                        stream.write(images.numpy().reshape(-1).view(np.uint8).data)
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        verify(unfinished, recipe)
+        streamed = time.perf_counter() - streaming
+        unfinished.replace(path)
+    except OSError as error:
+        needed = np.prod(shape) * recipe.dtype.itemsize
+        raise OutputError(f"cannot write {path} ({error.strerror}): {needed / 1e6:,.0f} MB are needed there") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return FileTimes(copying, streamed - copying, time.perf_counter() - started - streamed)
+
+
+def verify(path: Path, recipe: Recipe) -> None:
+    """Reads a file back and checks shape, dtype, finiteness, and that values are those of normalised pixels.
+
+    Raises OutputError saying what is wrong.
+    """
+    task = recipe.task
+    images = torch.load(path, mmap=True, weights_only=True)
+    expected = (len(task.classes) * recipe.ipc, 3, task.size, task.size)
+    if images.shape != expected or images.dtype != recipe.dtype:
+        raise OutputError(
+            f"{path} reads back as {images.dtype} {list(images.shape)}, not {recipe.dtype} {list(expected)}"
+        )
+    total, squares, count = torch.zeros(3, dtype=torch.double), torch.zeros(3, dtype=torch.double), 0
+    mean, std = _statistics(task)
+    low, high = (0 - mean) / std, (1 - mean) / std
+    for chunk in images.split(max(1, PIXELS_A_CHUNK // task.size**2)):
+        values = chunk.float()
+        # One comparison catches NaN, infinity and pixels outside 0..1; the slack is float16's rounding.
+        if not ((values >= low - 0.01) & (values <= high + 0.01)).all():
+            raise OutputError(f"{path} reads back with values that are no normalised pixels")
+        pixels = values * std + mean
+        total += pixels.sum((0, 2, 3), dtype=torch.double)
+        squares += pixels.square().sum((0, 2, 3), dtype=torch.double)
+        count += pixels[:, 0].numel()
+    spread = (squares / count - (total / count) ** 2).clamp(min=0).sqrt()
+    if (spread < 0.02).any():
+        raise OutputError(f"{path} reads back with hardly any contrast: standard deviation {spread.tolist()} a channel")
+
+
+def _chunks(rounds: NDArray[np.uint8], recipe: Recipe) -> Iterator[tuple[Tensor, float]]:
+    """The file's images in order, normalised [n, 3, H, W], each chunk with the seconds its copies took."""
+    count = len(rounds)
+    mean, std = _statistics(recipe.task)
+    chunk = max(1, PIXELS_A_CHUNK // recipe.task.size**2)
+    for label in range(len(recipe.task.classes)):
+        originals = torch.from_numpy(np.ascontiguousarray(rounds[:, label]))
+        for copy in range(-(-recipe.ipc // count)):
+            for start in range(0, min(count, recipe.ipc - copy * count), chunk):
+                stop = min(start + chunk, count, recipe.ipc - copy * count)
+                began = time.perf_counter()
+                if copy == 0:
+                    pixels = originals[start:stop].float() / 255
+                else:
+                    identities = np.array([(label, r, copy) for r in range(start, stop)])
+                    pixels = augment(originals[start:stop], identities, recipe.seed, recipe.pda)
+                seconds = time.perf_counter() - began if copy else 0.0
+                yield ((pixels - mean) / std).to(recipe.dtype).contiguous(), seconds
+
+
+def _statistics(task: Task) -> tuple[Tensor, Tensor]:
+    return torch.tensor(task.mean).view(3, 1, 1), torch.tensor(task.std).view(3, 1, 1)
+
+
+def _skeleton(scratch: Path, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, bytes | None]:
+    """The records of torch's archive around a tensor, by name, in order; None stands for the tensor's own bytes.
+
+    torch writes them itself; ``skip_data`` leaves a hole for the tensor, which is allocated but never touched.
+    """
+    with skip_data():
+        torch.save(torch.empty(shape, dtype=dtype), scratch)
+    with zipfile.ZipFile(scratch) as archive:
+        return {
+            record.filename: None if record.filename.endswith("/data/0") else archive.read(record)
+            for record in archive.infolist()
+        }
+
+
+def _aligned(name: str, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
+    """A record whose bytes will start at a multiple of 64, as torch places them, so that they can be mapped."""
+    record = zipfile.ZipInfo(name)
+    assert archive.fp is not None
+    # Local header: 30 bytes, the name, zipfile's own 20-byte zip64 field, then this padding field with a 4-byte head.
+    unpadded = archive.fp.tell() + 30 + len(name.encode()) + 20 + 4
+    padding = -unpadded % 64
+    record.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    return record

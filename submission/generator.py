@@ -1,0 +1,90 @@
+"""Flat image numbers to pixels: task, checkpoint, sampler and decoder put together."""
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from submission import pipeline
+from submission.checkpoint import Checkpoint
+from submission.decoder import choose_vae_dtype, decode
+from submission.errors import CheckpointError, UsageError
+from submission.progress import Log
+from submission.tasks import PromptStyle, Task
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Makes image i, of class ``i % classes`` in round ``i // classes``, whatever batch it is asked for in.
+
+    ``prompt_of`` [phrasings, classes] indexes ``conditioning``; round r takes phrasing ``r % phrasings``.
+    """
+
+    task: Task
+    seed: int
+    resolution: int
+    sampler: pipeline.Sampler
+    conditioning: pipeline.Conditioning
+    prompt_of: Tensor
+    vae: Any
+
+    def images(self, start: int, stop: int, log: Log) -> Tensor:
+        """Images ``start`` to ``stop`` as uint8 [n, 3, size, size] on the CPU. Raises CheckpointError."""
+        rounds, labels = np.divmod(np.arange(start, stop), len(self.task.classes))
+        noise = pipeline.draw_noise(self.seed, labels.tolist(), rounds.tolist(), self.sampler.side)
+        prompts = self.prompt_of[torch.from_numpy(rounds) % len(self.prompt_of), torch.from_numpy(labels)]
+        latents = pipeline.sample(self.sampler, self.conditioning, prompts.to(self.sampler.device), noise)
+        pixels, sound = decode(self.vae, latents, self.task.size)
+        if not sound.all() and self.vae.dtype != torch.float32:
+            log.warn(
+                f"{int((~sound).sum())} broken images from the VAE in {self.vae.dtype}: decoding in float32 from now on"
+            )
+            self.vae.float()
+            pixels, sound = decode(self.vae, latents, self.task.size)
+        if not sound.all():
+            name = self.task.classes[int(labels[(~sound).cpu().numpy()][0])].name
+            raise CheckpointError(
+                f"this checkpoint makes broken images at {self.resolution} px (not finite or of one colour), the first "
+                f"of class {name}: is it a one-step model, and is the resolution one it was trained for?"
+            )
+        return pixels.cpu()
+
+
+def load_generator(
+    task: Task,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    log: Log,
+    *,
+    style: PromptStyle,
+    seed: int,
+    resolution: int | None,
+) -> Generator:
+    """Encodes all prompts, lets the text encoders go, and loads UNet and VAE.
+
+    ``resolution`` is the canvas in pixels; None takes the checkpoint's own. Raises UsageError or CheckpointError.
+    """
+    resolution = resolution or checkpoint.resolution_for(task.size)
+    if resolution % checkpoint.resolution_step:
+        raise UsageError(f"--resolution {resolution}: this checkpoint needs a multiple of {checkpoint.resolution_step}")
+    if resolution < task.size:
+        log.warn(f"images are generated at {resolution} px and enlarged to {task.size} px")
+    dtype = pipeline.choose_dtype(device)
+    phrasings = task.prompts(style)
+    prompts = list(dict.fromkeys(chain.from_iterable(phrasings)))
+    place = {prompt: index for index, prompt in enumerate(prompts)}
+    with log.phase("encode prompts"):
+        conditioning = pipeline.encode_prompts(checkpoint, prompts, device, dtype)
+    with log.phase("load UNet and VAE"):
+        sampler = pipeline.load_sampler(checkpoint, resolution, device, dtype)
+        vae = pipeline.load_vae(checkpoint, device, choose_vae_dtype(device, dtype))
+    log.say(f"{len(prompts)} prompts encoded; {resolution} px, UNet in {_name(dtype)}, VAE in {_name(vae.dtype)}")
+    prompt_of = torch.tensor([[place[prompt] for prompt in row] for row in phrasings])
+    return Generator(task, seed, resolution, sampler, conditioning, prompt_of, vae)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

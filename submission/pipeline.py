@@ -1,0 +1,188 @@
+"""A checkpoint to prompt embeddings and a one-step sampler.
+
+One step without guidance, as SDXL-Turbo was distilled for: from noise at t = 999 the UNet's prediction gives the clean
+latent directly. With no guidance a negative prompt has no effect, so there is none.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from submission.checkpoint import Checkpoint
+from submission.errors import CheckpointError
+
+# bf16 must win by this factor on a matrix product before a CPU uses it: where the hardware lacks it, it is hundreds of
+# times slower, and where it has it, at least twice as fast, so that noise does not decide.
+BF16_GAIN = 1.3
+# Separates the random numbers drawn for noise from those drawn for augmentation.
+NOISE_STREAM = 0
+# Prompts encoded at a time.
+PROMPTS_A_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the UNet is told of each prompt: ``embeds`` [P, tokens, D] and ``pooled`` [P, D'], in the UNet's dtype."""
+
+    embeds: Tensor
+    pooled: Tensor
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A UNet with the constants of its single step. Latents are [4, side, side]; ``sigma`` is the noise level."""
+
+    unet: Any
+    side: int
+    timestep: Tensor
+    sigma: float
+    prediction: str
+    time_ids: Tensor
+    dtype: torch.dtype
+    device: torch.device
+
+
+def choose_dtype(device: torch.device) -> torch.dtype:
+    """Half precision on CUDA; on a CPU bf16 or float32, whichever multiplies matrices faster here."""
+    if device.type == "cuda":
+        return torch.float16
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix = torch.ones(192, 192, dtype=dtype)
+        matrix @ matrix
+        started = time.perf_counter()
+        for _ in range(3):
+            matrix @ matrix
+        seconds[dtype] = time.perf_counter() - started
+    return torch.bfloat16 if seconds[torch.float32] > BF16_GAIN * seconds[torch.bfloat16] else torch.float32
+
+
+def encode_prompts(
+    checkpoint: Checkpoint, prompts: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> Conditioning:
+    """Encodes every prompt once, as SDXL does: the second-to-last hidden states of both text encoders side by side,
+    and the projected text embedding of the second. The encoders are let go on return. Raises CheckpointError."""
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: PLC0415  # slow
+
+    hidden: list[Tensor] = []
+    pooled = torch.empty(0)
+    for suffix, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
+        tokenizer = _load_part(CLIPTokenizer, checkpoint.path, f"tokenizer{suffix}")
+        encoder = _load_model(kind, checkpoint, f"text_encoder{suffix}", dtype).to(device)
+        tokens = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(device)
+        with torch.inference_mode():
+            outputs = [encoder(batch, output_hidden_states=True) for batch in tokens.split(PROMPTS_A_BATCH)]
+        hidden.append(torch.cat([output.hidden_states[-2] for output in outputs]))
+        if suffix:
+            pooled = torch.cat([output.text_embeds for output in outputs])
+    return Conditioning(torch.cat(hidden, dim=-1).to(dtype), pooled.to(dtype))
+
+
+def load_sampler(checkpoint: Checkpoint, resolution: int, device: torch.device, dtype: torch.dtype) -> Sampler:
+    """Loads the UNet and works out its single step for canvases of ``resolution`` pixels. Raises CheckpointError."""
+    from diffusers import EulerAncestralDiscreteScheduler, UNet2DConditionModel  # noqa: PLC0415  # slow to import
+
+    unet = _load_model(UNet2DConditionModel, checkpoint, "unet", dtype).to(device).eval()
+    scheduler = _load_part(EulerAncestralDiscreteScheduler, checkpoint.path, "scheduler")
+    prediction = scheduler.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise CheckpointError(
+            f"{checkpoint.path}: prediction_type {prediction!r} is not supported (epsilon, v_prediction)"
+        )
+    scheduler.set_timesteps(1)
+    return Sampler(
+        unet=unet,
+        side=resolution // checkpoint.vae_factor,
+        timestep=scheduler.timesteps[0].to(device),
+        sigma=float(scheduler.sigmas[0]),
+        prediction=prediction,
+        time_ids=torch.tensor([resolution, resolution, 0, 0, resolution, resolution], device=device, dtype=dtype),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
+    """The checkpoint's AutoencoderKL, ready to decode. Raises CheckpointError."""
+    from diffusers import AutoencoderKL  # noqa: PLC0415  # slow to import
+
+    return _load_model(AutoencoderKL, checkpoint, "vae", dtype).to(device).eval()
+
+
+def draw_noise(seed: int, classes: Sequence[int], rounds: Sequence[int], side: int) -> Tensor:
+    """Standard normal noise [N, 4, side, side], float32: image by image a function of (seed, class, round) alone."""
+    draws = [
+        np.random.default_rng((seed, NOISE_STREAM, c, r)).standard_normal((4, side, side), dtype=np.float32)
+        for c, r in zip(classes, rounds, strict=True)
+    ]
+    return torch.from_numpy(np.stack(draws))
+
+
+@torch.inference_mode()
+def sample(sampler: Sampler, conditioning: Conditioning, prompts: Tensor, noise: Tensor) -> Tensor:
+    """Clean latents [N, 4, side, side] float32 from ``noise`` (float32, same shape) in one step.
+
+    ``prompts`` [N] indexes ``conditioning``. With x = sigma * noise, the UNet sees x / sqrt(sigma^2 + 1), and its
+    output gives the clean latent by the definition of its prediction: epsilon, x - sigma * epsilon; v (Salimans & Ho
+    2022 in the scheduler's scaling), x / (sigma^2 + 1) - v * sigma / sqrt(sigma^2 + 1).
+    """
+    noisy = noise.to(sampler.device) * sampler.sigma
+    scale = (sampler.sigma**2 + 1) ** 0.5
+    output: Tensor = sampler.unet(
+        (noisy / scale).to(sampler.dtype),
+        sampler.timestep,
+        encoder_hidden_states=conditioning.embeds[prompts],
+        added_cond_kwargs={
+            "text_embeds": conditioning.pooled[prompts],
+            "time_ids": sampler.time_ids.expand(len(noise), -1),
+        },
+        return_dict=False,
+    )[0].float()
+    if sampler.prediction == "epsilon":
+        return noisy - sampler.sigma * output
+    return noisy / scale**2 - output * sampler.sigma / scale
+
+
+def _load_part(kind: Any, path: Path, part: str) -> Any:
+    try:
+        return kind.from_pretrained(path / part, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path / part} cannot be loaded ({_first_line(error)})") from error
+
+
+def _load_model(kind: Any, checkpoint: Checkpoint, component: str, dtype: torch.dtype) -> Any:
+    """Loads one component, and refuses one whose weights do not match its configuration: the libraries would fill the
+    gaps with random numbers."""
+    folder = checkpoint.path / component
+    name = "dtype" if component.startswith("text_encoder") else "torch_dtype"
+    try:
+        model, report = kind.from_pretrained(
+            folder,
+            variant=checkpoint.variants[component],
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            **{name: dtype},
+        )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder} cannot be loaded ({_first_line(error)})") from error
+    wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+    if wrong:
+        raise CheckpointError(f"{folder}: {len(wrong)} weights do not match config.json, the first is {wrong[0]}")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
