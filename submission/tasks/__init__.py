@@ -19,6 +19,7 @@ lists, all of one length, hold templates with one `{}` for the described prompt;
 """
 
 import difflib
+import itertools
 import math
 import re
 import tomllib
@@ -124,7 +125,7 @@ def _text(value: object) -> str | None:
 def _file_name(value: object) -> str | None:
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", value):
         return None
-    return "names the output file: 1 to 64 letters, digits, '_', '-' or '.', a letter or digit first"
+    return "must suit as a file name: 1 to 64 letters, digits, '_', '-' or '.', a letter or digit first"
 
 
 def _whole_number(low: int, high: int | None = None) -> Callable[[object], str | None]:
@@ -348,9 +349,9 @@ class _Source:
     def class_spans(self, count: int) -> list[tuple[int, int]]:
         """Start and end of each class in the text, in the order of the file."""
         heads = [found.start() for found in re.finditer(r"^[ \t]*\[", self.code, re.MULTILINE)]
-        ends = dict(zip(heads, [*heads[1:], len(self.code)], strict=True))
         array_of_tables = re.compile(r"[ \t]*\[\[[ \t]*[\"']?classes[\"']?[ \t]*\]\]")
-        spans = [(head, end) for head, end in ends.items() if array_of_tables.match(self.text, head)]
+        tables = itertools.pairwise([*heads, len(self.code)])
+        spans = [(head, end) for head, end in tables if array_of_tables.match(self.text, head)]
         if not spans:
             # classes = [ {...}, {...} ]. No key of a class takes a table: where one is nested all the same, its own
             # class is refused before the count goes wrong for those after it.
