@@ -1,0 +1,146 @@
+"""The organisers' training recipe: a ConvNet from scratch on a synthetic set, then tested on real images.
+
+SGD at 0.01 with momentum 0.9 and weight decay 5e-4, batches of 256 in random order, one augmentation drawn a batch,
+cross entropy; a new optimiser (its momentum forgotten) at a tenth of the rate a little after the middle.
+Every random number comes from torch's global generators in the reference's order.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+
+from tools import dsa
+from tools.convnet import ConvNet
+
+LEARNING_RATE = 0.01
+RESTART_FACTOR = 0.1
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a run trains."""
+
+    epochs: int = 1000  # number of the last epoch; they count from 0, so there is one more of them
+    max_steps: int | None = None  # a shorter run: this many SGD steps, with the restart at half of them
+    batch_size: int = 256
+
+    def steps(self, images: int) -> int:
+        """SGD steps of a run on that many images."""
+        full = self._full_steps(images)
+        return full if self.max_steps is None else min(self.max_steps, full)
+
+    def restart(self, images: int) -> int:
+        """The step count after which the optimiser is made anew. It may lie past the end of the run."""
+        if self.max_steps is not None and self.max_steps < self._full_steps(images):
+            return self.max_steps // 2
+        return (self.epochs // 2 + 2) * self._epoch_steps(images)  # after epoch E//2 + 1, counted from 0
+
+    def _epoch_steps(self, images: int) -> int:
+        return -(-images // self.batch_size)
+
+    def _full_steps(self, images: int) -> int:
+        return (self.epochs + 1) * self._epoch_steps(images)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Mean cross entropy (nats) and accuracy (0..1) over the images of an epoch or of a test set."""
+
+    loss: float
+    accuracy: float
+
+
+def train(
+    net: ConvNet,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    schedule: Schedule,
+    on_step: Callable[[int, Measure], None] = lambda step, measure: None,
+) -> list[Measure]:
+    """Train the network in place; the measure of each epoch, taken in passing on augmented images.
+
+    Args:
+        net: on the device that trains.
+        images: float32 or float16 [N, 3, H, W], normalised; they may lie elsewhere, memory-mapped files included.
+        labels: int64 [N], on the device of the images.
+        schedule: how long; a run that it stops inside an epoch has a last measure of the part done.
+        on_step: told the number of steps done and the measure of the batch, after each step.
+    """
+    steps, restart = schedule.steps(len(images)), schedule.restart(len(images))
+    device = next(net.parameters()).device
+    optimiser = _sgd(net, LEARNING_RATE)
+    order = _random_order(len(images), schedule.batch_size)
+    net.train()
+    epochs = []
+    done = 0
+    while done < steps:
+        batches = []
+        for indices in order:
+            inputs, targets = images[indices].to(device, torch.float32), labels[indices].to(device)
+            measure = _step(net, optimiser, dsa.augment(inputs), targets)
+            done += 1
+            if done == restart:
+                optimiser = _sgd(net, LEARNING_RATE * RESTART_FACTOR)
+            batches.append((len(indices), measure))
+            on_step(done, measure)
+            if done == steps:
+                break
+        epochs.append(_mean(batches))
+    return epochs
+
+
+@torch.no_grad()
+def test(net: ConvNet, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 256) -> Measure:
+    """Mean loss and accuracy on the images as they are; arguments as for `train`.
+
+    The order is random, as the reference's is: it matters to the random numbers that the next run gets.
+    """
+    device = next(net.parameters()).device
+    net.eval()
+    batches = []
+    for indices in _random_order(len(images), batch_size):
+        logits, targets = net(images[indices].to(device, torch.float32)), labels[indices].to(device)
+        measure = Measure(F.cross_entropy(logits, targets).item(), _accuracy(logits, targets))
+        batches.append((len(indices), measure))
+    return _mean(batches)
+
+
+def _random_order(images: int, batch_size: int) -> DataLoader[torch.Tensor]:
+    """Batches of indices in a new random order each time it is walked through.
+
+    A DataLoader, although only indices are loaded, because the order of the reference is its order: it takes two
+    numbers from the global generator at the start of an epoch.
+    """
+    return DataLoader(range(images), batch_size, shuffle=True, collate_fn=torch.tensor)  # type: ignore[arg-type]
+
+
+def _step(net: ConvNet, optimiser: torch.optim.SGD, images: torch.Tensor, labels: torch.Tensor) -> Measure:
+    """One step of SGD on the mean cross entropy of a batch."""
+    optimiser.zero_grad()
+    logits = net(images)
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimiser.step()
+    return Measure(loss.item(), _accuracy(logits, labels))
+
+
+def _sgd(net: ConvNet, learning_rate: float) -> torch.optim.SGD:
+    return torch.optim.SGD(net.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+
+def _accuracy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    return (logits.argmax(dim=1) == labels).sum().item() / len(labels)
+
+
+def _mean(batches: list[tuple[int, Measure]]) -> Measure:
+    """The mean over images of measures over batches, given as (images, measure)."""
+    images = sum(count for count, _ in batches)
+    return Measure(
+        sum(count * measure.loss for count, measure in batches) / images,
+        sum(count * measure.accuracy for count, measure in batches) / images,
+    )
