@@ -195,9 +195,11 @@ class BatchSize:
 
 @dataclass
 class Scheduler:
-    """Measures and decides: the size of the next batch, how many rounds to attempt, when it is over.
+    """Measures and decides: the size of the next batch, how many rounds to expect, when to stop.
 
-    ``cost`` may be replaced as soon as a file has been written and timed.
+    It goes on while the fastest pace seen could still complete a round (trying costs nothing) and the cautious pace
+    leaves time to write what is there (being late costs everything). ``cost`` may be replaced once a file has been
+    written and timed.
     """
 
     budget: Budget
@@ -205,38 +207,52 @@ class Scheduler:
     cost: FinishCost
     batch: BatchSize
     pace: Pace = field(default_factory=Pace)
+    fastest: float = math.inf
     images: int = 0
     batches: int = 0
-
-    @property
-    def next_batch(self) -> int:
-        """Images to generate next; 0 once the cap is reached."""
-        return min(self.batch.current, self.shape.cap * self.shape.classes - self.images)
 
     @property
     def rounds(self) -> int:
         """Whole rounds done."""
         return self.images // self.shape.classes
 
+    def next_batch(self) -> int:
+        """How many images to generate next, 0 where it is time to write. Raises BudgetError if no round can be done."""
+        size = min(self.batch.current, self.shape.cap * self.shape.classes - self.images)
+        if self.batches < BATCHES_BEFORE_GIVING_UP:
+            return size
+        missing = self.shape.classes - self.images % self.shape.classes
+        hopeful = self.fastest * missing + self.cost.seconds(self.rounds + 1, self.shape)
+        rounds_after = (self.images + size) // self.shape.classes
+        cautious = self.pace.bound(size, self.batch.current) + self.cost.seconds(rounds_after, self.shape)
+        if max(hopeful, cautious) <= self.budget.left:
+            return size
+        if self.rounds == 0:
+            raise self._too_small()
+        return 0
+
     def observe(self, images: int, seconds: float) -> None:
         """Takes a batch that is done: how many images, and how long they took."""
         self.images += images
         self.batches += 1
-        if not self.batch.settled:
-            self.pace = Pace()  # what was measured at another batch size says little about this one
+        self.fastest = min(self.fastest, seconds / images)
+        if self.batch.settled:
+            self.pace.observe(images, seconds)
+        else:
             self.batch.observe(seconds, self.budget.left)
-        self.pace.observe(images, seconds)
+            self.pace = Pace(mean=self.fastest, batches=1)
 
     def plan(self) -> Plan:
-        """The largest plan that fits into the time left. Raises BudgetError where that is less than one round."""
-        plan = make_plan(self.budget.left, self.images, self.batch.current, self.pace, self.cost, self.shape)
-        if plan.rounds == 0 and self.batches >= BATCHES_BEFORE_GIVING_UP:
-            generate = self.pace.bound(self.shape.classes, self.batch.current)
-            finish = self.cost.seconds(1, self.shape)
-            start = self.budget.elapsed - self.images * self.pace.mean
-            raise BudgetError(
-                f"a budget of {self.budget.seconds:g} s cannot hold one round: {self.shape.classes} images need about "
-                f"{start + generate + finish:.0f} s here ({start:.1f} to start, {generate:.1f} to generate, "
-                f"{finish:.1f} to write); try --budget {1.2 * (start + generate + finish):.0f}s"
-            )
-        return plan
+        """The rounds to expect from here on."""
+        return make_plan(self.budget.left, self.images, self.batch.current, self.pace, self.cost, self.shape)
+
+    def _too_small(self) -> BudgetError:
+        start = self.budget.elapsed - self.images * self.pace.mean
+        generate = self.pace.mean * self.shape.classes
+        finish = self.cost.seconds(1, self.shape)
+        needed = start + generate + finish
+        return BudgetError(
+            f"a budget of {self.budget.seconds:g} s cannot hold one round: {self.shape.classes} images need about "
+            f"{needed:.0f} s here ({start:.1f} to start, {generate:.1f} to generate, {finish:.1f} to write); "
+            f"try --budget {math.ceil(1.2 * needed)}s"
+        )

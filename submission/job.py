@@ -10,7 +10,7 @@ import torch
 
 from submission import checkpoint as checkpoints
 from submission.augment import PdaStyle
-from submission.budget import BatchSize, Budget, FinishCost, Plan, Scheduler, Shape
+from submission.budget import BatchSize, Budget, FinishCost, Scheduler, Shape
 from submission.checkpoint import Checkpoint
 from submission.contact_sheet import write_contact_sheet
 from submission.dataset_file import FileTimes, Recipe, write_dataset
@@ -82,24 +82,24 @@ def run(config: JobConfig, budget: Budget, log: Log, stop: threading.Event) -> N
     log.say(
         f"{task.title}: {len(task.classes)} classes at {task.size} px; model: {checkpoint.source}; device: {device}"
     )
-    spool = Spool(config.output / f".{task.name}.spool", len(task.classes), task.size)
     digests = Digests(checkpoint)
-    generator = load_generator(
-        task, checkpoint, device, log, style=config.prompts, seed=config.seed, resolution=config.resolution
-    )
-    scheduler = start_scheduler(config, budget)
-    production = generate(config, generator, spool, scheduler, log, stop)
-    if spool.count > production.written:
-        with log.phase("write and verify"):
-            write_dataset(config.dataset, spool.read(), config.recipe(spool.count))
-    with log.phase("sheet and manifest"):
-        write_contact_sheet(config.dataset.with_suffix(".png"), spool.read()[0], [c.name for c in task.classes])
-        manifest = describe(config, generator, checkpoint, digests, scheduler, spool.count, production, log)
-        write_json(config.dataset.with_suffix(".json"), manifest)
-    spool.remove()
+    with Spool(config.output / f".{task.name}.spool", len(task.classes), task.size) as spool:
+        generator = load_generator(
+            task, checkpoint, device, log, style=config.prompts, seed=config.seed, resolution=config.resolution
+        )
+        scheduler = start_scheduler(config, budget)
+        production = generate(config, generator, spool, scheduler, log, stop)
+        rounds = spool.count
+        if rounds > production.written:
+            with log.phase("write and verify"):
+                write_dataset(config.dataset, spool.read(), config.recipe(rounds))
+        with log.phase("sheet and manifest"):
+            write_contact_sheet(config.dataset.with_suffix(".png"), spool.read()[0], [c.name for c in task.classes])
+            manifest = describe(config, generator, checkpoint, digests, scheduler, rounds, production, log)
+            write_json(config.dataset.with_suffix(".json"), manifest)
     log.say(
-        f"{config.dataset}: {len(task.classes)} classes, IPC {config.shape.ipc(spool.count)} ({spool.count} generated, "
-        f"the rest {config.pda} copies), {budget.left:.1f} s before the deadline"
+        f"{config.dataset}: {len(task.classes)} classes, IPC {config.shape.ipc(rounds)} ({rounds} generated, the rest "
+        f"{config.pda} copies), {budget.left:.1f} s before the deadline"
     )
 
 
@@ -121,7 +121,7 @@ def start_scheduler(config: JobConfig, budget: Budget) -> Scheduler:
 def generate(
     config: JobConfig, generator: Generator, spool: Spool, scheduler: Scheduler, log: Log, stop: threading.Event
 ) -> Production:
-    """Adds rounds to the spool until the plan, made anew after every batch, holds no further one.
+    """Adds rounds to the spool until the scheduler, asked again before every batch, says that it is time to write.
 
     The first round is written out at once: from then on a complete file is in place, and its cost is known.
     Raises BudgetError where not even one round fits.
@@ -129,11 +129,11 @@ def generate(
     classes, budget = scheduler.shape.classes, scheduler.budget
     pending = np.empty((0, *spool.shape[1:]), np.uint8)
     production = Production()
-    while not stop.is_set():
+    while (size := scheduler.next_batch()) and not stop.is_set():
         began = budget.elapsed
         with log.phase("generate"):
             try:
-                images = generator.images(scheduler.images, scheduler.images + scheduler.next_batch, log)
+                images = generator.images(scheduler.images, scheduler.images + size, log)
             except torch.OutOfMemoryError as error:
                 if scheduler.batch.current == 1:
                     raise UsageError(
@@ -152,10 +152,7 @@ def generate(
                 times = write_dataset(config.dataset, spool.read(), config.recipe(spool.count))
             scheduler.cost = finish_cost(times, spool.count, scheduler.shape)
             production.written = spool.count
-        plan = scheduler.plan()
-        announce(plan, scheduler, production, log)
-        if plan.rounds == spool.count > 0:
-            break
+        announce(scheduler, production, log)
     if spool.count == 0:
         raise BudgetError("stopped before the first round was done: there is nothing to write")
     return production
@@ -168,9 +165,9 @@ def finish_cost(times: FileTimes, rounds: int, shape: Shape) -> FinishCost:
     return FinishCost(times.fixed, times.images / images, times.copies / max(1, copies))
 
 
-def announce(plan: Plan, scheduler: Scheduler, production: Production, log: Log) -> None:
+def announce(scheduler: Scheduler, production: Production, log: Log) -> None:
     """Shows progress, and says and keeps the plan whenever it is new or has changed noticeably."""
-    shape, pace = scheduler.shape, 1 / scheduler.pace.mean
+    plan, shape, pace = scheduler.plan(), scheduler.shape, 1 / scheduler.pace.mean
     planned = max(plan.rounds, 1)
     log.status(
         Status(

@@ -4,9 +4,11 @@ One step without guidance, as SDXL-Turbo was distilled for: from noise at t = 99
 latent directly. With no guidance a negative prompt has no effect, so there is none.
 """
 
-import time
+import math
+import timeit
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +56,9 @@ def choose_dtype(device: torch.device) -> torch.dtype:
         return torch.float16
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        matrix = torch.ones(192, 192, dtype=dtype)
-        matrix @ matrix
-        started = time.perf_counter()
-        for _ in range(3):
-            matrix @ matrix
-        seconds[dtype] = time.perf_counter() - started
+        matrix = torch.ones(256, 256, dtype=dtype)
+        # The best of several: the first is slow (threads start, kernels are chosen), others may be disturbed.
+        seconds[dtype] = min(timeit.repeat(partial(torch.mm, matrix, matrix), number=1, repeat=5))
     return torch.bfloat16 if seconds[torch.float32] > BF16_GAIN * seconds[torch.bfloat16] else torch.float32
 
 
@@ -69,7 +68,9 @@ def encode_prompts(
     """Encodes every prompt once, as SDXL does: the second-to-last hidden states of both text encoders side by side,
     and the projected text embedding of the second. The encoders are let go on return. Raises CheckpointError."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: PLC0415  # slow
+    from transformers.utils import logging  # noqa: PLC0415
 
+    logging.disable_progress_bar()
     hidden: list[Tensor] = []
     pooled = torch.empty(0)
     for suffix, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
@@ -139,7 +140,7 @@ def sample(sampler: Sampler, conditioning: Conditioning, prompts: Tensor, noise:
     2022 in the scheduler's scaling), x / (sigma^2 + 1) - v * sigma / sqrt(sigma^2 + 1).
     """
     noisy = noise.to(sampler.device) * sampler.sigma
-    scale = (sampler.sigma**2 + 1) ** 0.5
+    scale = math.hypot(sampler.sigma, 1)
     output: Tensor = sampler.unet(
         (noisy / scale).to(sampler.dtype),
         sampler.timestep,

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,10 @@ class Spool:
         """All finished rounds [rounds, classes, 3, size, size], mapped, not loaded."""
         return np.memmap(self._file.name, np.uint8, "r", shape=(self.count, *self.shape))
 
-    def remove(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Removes the spool: once the job is over, its rounds are in the file or will never be."""
         self._file.close()
         shutil.rmtree(self.folder, ignore_errors=True)
