@@ -23,6 +23,10 @@ from submission.tasks import Task
 
 # Pixels held as floats at a time while writing or verifying: 12 MB, whatever the size of the file.
 PIXELS_A_CHUNK = 1 << 20
+# Slack for float16's rounding of normalised pixels, which are below 4.
+ROUNDING = 0.01
+# A whole file with less standard deviation in a channel, or a mean closer to black or white, holds no photographs.
+LEAST_SPREAD = 0.02
 
 
 @dataclass(frozen=True)
@@ -82,32 +86,36 @@ def write_dataset(path: Path, rounds: NDArray[np.uint8], recipe: Recipe) -> File
 
 
 def verify(path: Path, recipe: Recipe) -> None:
-    """Reads a file back and checks shape, dtype, finiteness, and that values are those of normalised pixels.
+    """Reads a file back whole and checks shape, dtype, checksum, and that values are those of normalised pixels.
 
-    Raises OutputError saying what is wrong.
+    It is read as a stream, since the pages of a mapped file would count as this process's memory. Raises OutputError.
     """
     task = recipe.task
-    images = torch.load(path, mmap=True, weights_only=True)
-    expected = (len(task.classes) * recipe.ipc, 3, task.size, task.size)
-    if images.shape != expected or images.dtype != recipe.dtype:
-        raise OutputError(
-            f"{path} reads back as {images.dtype} {list(images.shape)}, not {recipe.dtype} {list(expected)}"
-        )
-    total, squares, count = torch.zeros(3, dtype=torch.double), torch.zeros(3, dtype=torch.double), 0
+    shape = (len(task.classes) * recipe.ipc, 3, task.size, task.size)
     mean, std = _statistics(task)
-    low, high = (0 - mean) / std, (1 - mean) / std
-    for chunk in images.split(_chunk_size(task)):
-        values = chunk.float()
-        # One comparison catches NaN, infinity and pixels outside 0..1; the slack is float16's rounding.
-        if not ((values >= low - 0.01) & (values <= high + 0.01)).all():
-            raise OutputError(f"{path} reads back with values that are no normalised pixels")
-        pixels = values * std + mean
-        total += pixels.sum((0, 2, 3), dtype=torch.double)
-        squares += pixels.square().sum((0, 2, 3), dtype=torch.double)
-        count += pixels[:, 0].numel()
-    spread = (squares / count - (total / count) ** 2).clamp(min=0).sqrt()
-    if (spread < 0.02).any():
-        raise OutputError(f"{path} reads back with hardly any contrast: standard deviation {spread.tolist()} a channel")
+    low, high = (0 - mean) / std - ROUNDING, (1 - mean) / std + ROUNDING
+    sums, squares = torch.zeros(3, dtype=torch.double), torch.zeros(3, dtype=torch.double)
+    try:
+        images = torch.load(path, mmap=True, weights_only=True)
+        if images.shape != shape or images.dtype != recipe.dtype or not images.is_contiguous():
+            raise OutputError(f"{path} reads back as {images.dtype} {list(images.shape)}, not {list(shape)}")
+        with zipfile.ZipFile(path) as archive, archive.open(_data_record(archive)) as stream:
+            while chunk := bytearray(stream.read(_chunk_size(task) * images[0].nbytes)):
+                values = torch.frombuffer(chunk, dtype=recipe.dtype).view(-1, *shape[1:]).float()
+                # One comparison catches NaN, infinity, and pixels outside 0..1.
+                if not ((values >= low) & (values <= high)).all():
+                    raise OutputError(f"{path} reads back with values that are no normalised pixels")
+                sums += values.sum((0, 2, 3), dtype=torch.double)
+                squares += values.square().sum((0, 2, 3), dtype=torch.double)
+    except (zipfile.BadZipFile, RuntimeError) as error:
+        raise OutputError(f"{path} does not read back ({error})") from error
+    count = images[:, 0].numel()
+    means = (sums / count).float() * std.flatten() + mean.flatten()
+    spreads = (squares / count - (sums / count) ** 2).clamp(min=0).sqrt().float() * std.flatten()
+    if spreads.min() < LEAST_SPREAD or means.min() < LEAST_SPREAD or means.max() > 1 - LEAST_SPREAD:
+        raise OutputError(
+            f"{path} reads back almost black, white or grey: mean {means.tolist()}, std {spreads.tolist()}"
+        )
 
 
 def _chunks(rounds: NDArray[np.uint8], recipe: Recipe) -> Iterator[tuple[Tensor, float]]:
@@ -144,10 +152,13 @@ def _skeleton(scratch: Path, shape: tuple[int, ...], dtype: torch.dtype) -> dict
     with skip_data():
         torch.save(torch.empty(shape, dtype=dtype), scratch)
     with zipfile.ZipFile(scratch) as archive:
-        return {
-            record.filename: None if record.filename.endswith("/data/0") else archive.read(record)
-            for record in archive.infolist()
-        }
+        data = _data_record(archive)
+        return {name: None if name == data else archive.read(name) for name in archive.namelist()}
+
+
+def _data_record(archive: zipfile.ZipFile) -> str:
+    """The name of the record with the tensor's bytes in one of torch's archives: FOLDER/data/0."""
+    return next(name for name in archive.namelist() if name.endswith("/data/0"))
 
 
 def _aligned(name: str, archive: zipfile.ZipFile) -> zipfile.ZipInfo:
