@@ -86,18 +86,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class FinishCost:
-    """Measured cost of writing a file: seconds whatever its size, an image in it, and a copy made for it on top."""
+    """What writing a file costs, in seconds: ``fixed`` whatever its size, and ``per_image`` in it, copy or not."""
 
     fixed: float
     per_image: float
-    per_copy: float
 
     def seconds(self, rounds: int, shape: Shape) -> float:
-        """Cautious seconds to finish. Never falls as ``rounds`` grow: under the cap further rounds displace copies,
-        which is not credited, so that a plan can be found by bisection."""
-        ipc = shape.ipc(rounds)
-        copies = ipc * shape.copies / (1 + shape.copies)
-        writing = self.fixed + shape.classes * (ipc * self.per_image + copies * self.per_copy)
+        """Cautious seconds to finish with so many rounds; never falls as they grow."""
+        writing = self.fixed + self.per_image * shape.classes * shape.ipc(rounds)
         return FINISH_CAUTION * writing + CLOSING_SECONDS
 
 

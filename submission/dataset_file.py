@@ -5,10 +5,12 @@ with ``weights_only=True`` and can map it. It is streamed, so that memory does n
 """
 
 import os
-import time
 import zipfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +42,7 @@ class Recipe:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class FileTimes:
-    """Seconds spent on a file: drawing copies, all else that grows with it, and what any file costs."""
-
-    copies: float
-    images: float
-    fixed: float
-
-
-def write_dataset(path: Path, rounds: NDArray[np.uint8], recipe: Recipe) -> FileTimes:
+def write_dataset(path: Path, rounds: NDArray[np.uint8], recipe: Recipe) -> None:
     """Writes ``path`` from ``rounds`` [R, classes, 3, H, W] and puts it in place whole, checked, or not at all.
 
     Class by class: the R generated images in round order, then copies, the first copy of every image before the second
@@ -58,31 +51,32 @@ def write_dataset(path: Path, rounds: NDArray[np.uint8], recipe: Recipe) -> File
     task = recipe.task
     unfinished = path.with_name(f".{path.name}.unfinished")
     shape = (len(task.classes) * recipe.ipc, 3, task.size, task.size)
-    copying = 0.0
-    started = time.perf_counter()
+    # Chunks are made side by side, each on one thread: operations on so few pixels are not worth sharing out, and
+    # where other processes compete for the cores, waiting for a share costs a hundred times the work itself.
+    workers = torch.get_num_threads()
     try:
         skeleton = _skeleton(unfinished, shape, recipe.dtype)
-        with zipfile.ZipFile(unfinished, "w") as archive:
+        with (
+            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+            zipfile.ZipFile(unfinished, "w") as archive,
+        ):
             for name, content in skeleton.items():
                 if content is not None:
                     archive.writestr(name, content)
                     continue
                 with archive.open(_aligned(name, archive), "w", force_zip64=True) as stream:
-                    streaming = time.perf_counter()
-                    for images, seconds in _chunks(rounds, recipe):
-                        copying += seconds
+                    for images in _in_order(pool, workers, _chunks(rounds, recipe)):
                         stream.write(images.numpy().reshape(-1).view(np.uint8).data)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        verify(unfinished, recipe)
-        streamed = time.perf_counter() - streaming
+            archive.close()
+            with unfinished.open("rb") as file:
+                os.fsync(file.fileno())
+            pool.submit(verify, unfinished, recipe).result()
         unfinished.replace(path)
     except OSError as error:
         needed = np.prod(shape) * recipe.dtype.itemsize
         raise OutputError(f"cannot write {path} ({error.strerror}): {needed / 1e6:,.0f} MB are needed there") from error
     finally:
         unfinished.unlink(missing_ok=True)
-    return FileTimes(copying, streamed - copying, time.perf_counter() - started - streamed)
 
 
 def verify(path: Path, recipe: Recipe) -> None:
@@ -118,22 +112,34 @@ def verify(path: Path, recipe: Recipe) -> None:
         )
 
 
-def _chunks(rounds: NDArray[np.uint8], recipe: Recipe) -> Iterator[tuple[Tensor, float]]:
-    """The file's images in order, normalised [n, 3, H, W], each chunk with the seconds its copies took."""
-    mean, std = _statistics(recipe.task)
+def _chunks(rounds: NDArray[np.uint8], recipe: Recipe) -> Iterator[Callable[[], Tensor]]:
+    """The file's images in order, as functions that make one chunk each, normalised [n, 3, H, W]."""
     total, step = len(recipe.task.classes) * recipe.ipc, _chunk_size(recipe.task)
     for start in range(0, total, step):
-        labels, places = np.divmod(np.arange(start, min(start + step, total)), recipe.ipc)
-        copies, sources = np.divmod(places, len(rounds))
-        images = torch.from_numpy(rounds[sources, labels])
-        pixels = images.float() / 255
-        copied = copies > 0
-        began = time.perf_counter()
-        if copied.any():
-            identities = np.stack([labels, sources, copies], axis=1)[copied]
-            pixels[copied] = augment(images[copied], identities, recipe.seed, recipe.pda)
-        copying = time.perf_counter() - began
-        yield ((pixels - mean) / std).to(recipe.dtype), copying
+        yield partial(_chunk, rounds, recipe, np.arange(start, min(start + step, total)))
+
+
+def _chunk(rounds: NDArray[np.uint8], recipe: Recipe, positions: NDArray[np.int64]) -> Tensor:
+    mean, std = _statistics(recipe.task)
+    labels, places = np.divmod(positions, recipe.ipc)
+    copies, sources = np.divmod(places, len(rounds))
+    images = torch.from_numpy(rounds[sources, labels])
+    pixels = images.float() / 255
+    copied = copies > 0
+    identities = np.stack([labels, sources, copies], axis=1)[copied]
+    pixels[copied] = augment(images[copied], identities, recipe.seed, recipe.pda)
+    return ((pixels - mean) / std).to(recipe.dtype)
+
+
+def _in_order(pool: Executor, ahead: int, jobs: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
+    """Results of ``jobs`` in their order, no more than ``ahead`` of them waiting to be taken."""
+    running: deque[Future[Tensor]] = deque()
+    for job in jobs:
+        running.append(pool.submit(job))
+        if len(running) > ahead:
+            yield running.popleft().result()
+    for future in running:
+        yield future.result()
 
 
 def _chunk_size(task: Task) -> int:

@@ -13,7 +13,7 @@ from submission.augment import PdaStyle
 from submission.budget import BatchSize, Budget, FinishCost, Scheduler, Shape
 from submission.checkpoint import Checkpoint
 from submission.contact_sheet import write_contact_sheet
-from submission.dataset_file import FileTimes, Recipe, write_dataset
+from submission.dataset_file import Recipe, write_dataset
 from submission.errors import BudgetError, UsageError
 from submission.generator import Generator, load_generator
 from submission.manifest import Digests, machine, write_json
@@ -23,9 +23,9 @@ from submission.tasks import PromptStyle, Task
 
 PROJECT = Path(__file__).resolve().parents[1]
 
-# Until a file has been written, its cost is taken to be this, in seconds a colour value (images, and copies on top)
-# and seconds a file: several times what was measured on two CPU cores, so that a first round is not begun in vain.
-GUESSED_IMAGE, GUESSED_COPY, GUESSED_FIXED = 2e-8, 5e-8, 0.3
+# Until a file has been written, its cost is taken to be this, in seconds a file and a colour value: several times what
+# was measured on two CPU cores, so that a first round is not begun in vain.
+GUESSED_FIXED, GUESSED_VALUE = 0.3, 5e-8
 # Seconds the manifest may wait for the checkpoint's hashes, which were begun at the start.
 HASH_PATIENCE = 0.5
 # A change of the planned rounds by this share is worth a line in the log.
@@ -113,8 +113,7 @@ def choose_device(wanted: str) -> torch.device:
 
 def start_scheduler(config: JobConfig, budget: Budget) -> Scheduler:
     """A scheduler that guesses what a file costs until one has been written."""
-    values = 3 * config.task.size**2
-    guess = FinishCost(GUESSED_FIXED, GUESSED_IMAGE * values, GUESSED_COPY * values)
+    guess = FinishCost(GUESSED_FIXED, GUESSED_VALUE * 3 * config.task.size**2)
     return Scheduler(budget, config.shape, guess, BatchSize(config.batch_size))
 
 
@@ -149,20 +148,15 @@ def generate(
         scheduler.observe(len(images), budget.elapsed - began)
         if spool.count and not production.written:
             with log.phase("write first file"):
-                times = write_dataset(config.dataset, spool.read(), config.recipe(spool.count))
-            scheduler.cost = finish_cost(times, spool.count, scheduler.shape)
+                began = budget.elapsed
+                write_dataset(config.dataset, spool.read(), config.recipe(spool.count))
+            images_written = classes * scheduler.shape.ipc(spool.count)
+            scheduler.cost = FinishCost(0.0, (budget.elapsed - began) / images_written)
             production.written = spool.count
         announce(scheduler, production, log)
     if spool.count == 0:
         raise BudgetError("stopped before the first round was done: there is nothing to write")
     return production
-
-
-def finish_cost(times: FileTimes, rounds: int, shape: Shape) -> FinishCost:
-    """What a file of any number of rounds will cost, from the times of one."""
-    images = shape.classes * shape.ipc(rounds)
-    copies = images - shape.classes * rounds
-    return FinishCost(times.fixed, times.images / images, times.copies / max(1, copies))
 
 
 def announce(scheduler: Scheduler, production: Production, log: Log) -> None:
