@@ -214,15 +214,16 @@ class Scheduler:
 
     def next_batch(self) -> int:
         """How many images to generate next, 0 where it is time to write. Raises BudgetError if no round can be done."""
-        size = min(self.batch.current, self.shape.cap * self.shape.classes - self.images)
+        full = min(self.batch.current, self.shape.cap * self.shape.classes - self.images)
         if self.batches < BATCHES_BEFORE_GIVING_UP:
-            return size
+            return full
         missing = self.shape.classes - self.images % self.shape.classes
         hopeful = self.fastest * missing + self.cost.seconds(self.rounds + 1, self.shape)
-        rounds_after = (self.images + size) // self.shape.classes
-        cautious = self.pace.bound(size, self.batch.current) + self.cost.seconds(rounds_after, self.shape)
-        if max(hopeful, cautious) <= self.budget.left:
-            return size
+        for size in (full, min(full, missing)):
+            rounds_after = (self.images + size) // self.shape.classes
+            cautious = self.pace.bound(size, self.batch.current) + self.cost.seconds(rounds_after, self.shape)
+            if max(hopeful, cautious) <= self.budget.left:
+                return size
         if self.rounds == 0:
             raise self._too_small()
         return 0
@@ -232,11 +233,11 @@ class Scheduler:
         self.images += images
         self.batches += 1
         self.fastest = min(self.fastest, seconds / images)
-        if self.batch.settled:
-            self.pace.observe(images, seconds)
-        else:
+        if not self.batch.settled:
             self.batch.observe(seconds, self.budget.left)
             self.pace = Pace(mean=self.fastest, batches=1)
+        elif images == self.batch.current:  # a smaller one would look slow: every batch has a fixed cost
+            self.pace.observe(images, seconds)
 
     def plan(self) -> Plan:
         """The rounds to expect from here on."""
