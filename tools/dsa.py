@@ -8,6 +8,7 @@ images' device.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -81,8 +82,9 @@ def rotate(images: torch.Tensor) -> torch.Tensor:
     return _resample(images, torch.stack((angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero), dim=1))
 
 
+Operation = Callable[[torch.Tensor], torch.Tensor]
 # The order is part of the protocol: the operation is drawn by its place, as in "color_crop_cutout_flip_scale_rotate".
-OPERATIONS = (color, crop, cutout, flip, scale, rotate)
+OPERATIONS: tuple[Operation, ...] = (color, crop, cutout, flip, scale, rotate)
 
 
 def augment(images: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ from submission.manifest import write_json
 from submission.tasks import Task, builtin_names, load_task
 from tools.convnet import ConvNet
 from tools.tensor_files import LabelledImages, read_submission, read_truth
-from tools.training import Measure, Schedule, keep_freed_memory, test, train
+from tools.training import Measure, Schedule, assess, keep_freed_memory, train
 
 # Seconds between lines of progress.
 LINE_SECONDS = 10.0
@@ -218,9 +218,9 @@ def score_task(job: Job, schedule: Schedule, runs: int, device: torch.device) ->
         net = ConvNet(len(job.task.classes), job.task.size).to(device)
         progress = Progress(f"{job.task.name} run {run + 1}/{runs}", steps, min(schedule.batch_size, len(train_labels)))
         train(net, train_images, train_labels, schedule, progress.step)
-        measure = test(net, job.test.images, job.test.labels, schedule.batch_size)
+        measure = assess(net, job.test.images, job.test.labels, schedule.batch_size)
         accuracies.append(measure.accuracy)
-        print(f"{progress.name}: accuracy {measure.accuracy:.4f} on the test images, {progress.spent}", flush=True)
+        print(f"{progress.name}: accuracy {measure.accuracy:.4f} on the test images after {progress.spent}", flush=True)
     return Score(job, accuracies, steps)
 
 
@@ -247,7 +247,8 @@ class Progress:
 
     @property
     def spent(self) -> str:
-        return f"{duration(time.perf_counter() - self._started)} in all"
+        """The time since the run began."""
+        return duration(time.perf_counter() - self._started)
 
 
 def write_results(scores: list[Score], options: argparse.Namespace, device: torch.device) -> None:

@@ -113,7 +113,7 @@ def train(
 
 
 @torch.no_grad()
-def test(net: ConvNet, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 256) -> Measure:
+def assess(net: ConvNet, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 256) -> Measure:
     """Mean loss and accuracy on the images as they are; arguments as for `train`.
 
     The order is random, as the reference's is: it matters to the random numbers that the next run gets.

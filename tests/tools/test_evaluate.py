@@ -1,0 +1,195 @@
+"""The command line of the evaluator, from files to scores."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tools import evaluate
+
+SHORT = ["--max-steps", "12", "--runs", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _leave_the_allocator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    # It would stay changed for every test that comes after.
+    monkeypatch.setattr(evaluate, "keep_freed_memory", lambda: None)
+
+
+@pytest.fixture
+def folders(tmp_path: Path, task_file: Path) -> list[str]:
+    """Arguments for an easy task: classes of noise about a prototype each, 4 images a class."""
+    generator = torch.Generator().manual_seed(0)
+    prototypes = torch.randn(3, 3, 16, 16, generator=generator)
+    labels = torch.arange(3).repeat_interleave(4)
+    images, test_images = (prototypes[labels] + 0.3 * torch.randn(12, 3, 16, 16, generator=generator) for _ in range(2))
+    (tmp_path / "submit").mkdir()
+    (tmp_path / "truth").mkdir()
+    torch.save(images, tmp_path / "submit" / "tiny.pt")
+    torch.save({"images_val": test_images, "labels_val": labels}, tmp_path / "truth" / "tiny_test.pt")
+    return [
+        *("--submit_dir", str(tmp_path / "submit"), "--truth_dir", str(tmp_path / "truth")),
+        *("--output_dir", str(tmp_path / "out"), "--tasks", str(task_file), "--device", "cpu"),
+    ]
+
+
+def results(folder: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads((folder / "out" / "results.json").read_text())
+    return content
+
+
+def test_from_the_command_line(folders: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tools.evaluate", *folders, *SHORT]
+    finished = subprocess.run(
+        command, cwd=Path(__file__).parents[2], check=False, capture_output=True, text=True, timeout=200
+    )
+    assert finished.returncode == 0, finished.stderr
+    found = results(tmp_path)
+    assert found["protocol"] == "official"
+    assert found["max_steps"] == 12
+    tasks = found["tasks"]
+    assert isinstance(tasks, dict)
+    tiny = tasks["tiny"]
+    assert tiny["ipc"] == 4
+    assert tiny["steps"] == 12
+    assert len(tiny["runs"]) == 2
+    assert tiny["accuracy_mean"] == pytest.approx(sum(tiny["runs"]) / 2)
+    assert tiny["accuracy_std"] == pytest.approx(abs(tiny["runs"][0] - tiny["runs"][1]) / 2)
+    assert tiny["accuracy_mean"] > 0.6  # chance is a third
+    assert found["score"] == tiny["accuracy_mean"]
+    assert (tmp_path / "out" / "scores.txt").read_text() == f"correct: {found['score']}"
+    # An estimate first, then an accuracy a run, then the table with chance beside it.
+    lines = finished.stdout.splitlines()
+    assert "4 images a class" in lines[0]
+    assert "2 runs of 12 steps, about" in lines[0]
+    assert sum("accuracy" in line for line in lines) == 2
+    assert "0.3333" in lines[-2]
+    assert lines[-1] == f"correct: {found['score']}"
+
+
+def test_a_seed_gives_the_same_runs_again(folders: list[str], tmp_path: Path) -> None:
+    runs = []
+    for seed in ("1", "1", "2"):
+        assert evaluate.main([*folders, "--max-steps", "2", "--runs", "3", "--seed", seed]) == 0
+        runs.append(results(tmp_path)["tasks"])
+    assert runs[0] == runs[1]
+    assert runs[0] != runs[2]
+
+
+def test_estimate_leaves_the_random_numbers_alone(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate.main([*folders, "--epochs", "1", "--runs", "1"])
+    with_estimate = results(tmp_path)["tasks"]
+    monkeypatch.setattr(evaluate, "announce", lambda *arguments: None)
+    evaluate.main([*folders, "--epochs", "1", "--runs", "1"])
+    assert results(tmp_path)["tasks"] == with_estimate
+
+
+def test_labels_are_told_by_position(folders: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "submit" / "tiny.pt"
+    torch.save(torch.roll(torch.load(file), 4, 0), file)
+    assert evaluate.main([*folders, "--max-steps", "12", "--runs", "1"]) == 0
+    score = results(tmp_path)["score"]
+    assert isinstance(score, float)
+    assert score < 0.2
+
+
+def test_epochs_are_counted_from_0(folders: list[str], tmp_path: Path) -> None:
+    assert evaluate.main([*folders, "--epochs", "2", "--runs", "1"]) == 0
+    tasks = results(tmp_path)["tasks"]
+    assert isinstance(tasks, dict)
+    assert tasks["tiny"]["steps"] == 3
+
+
+def test_one_task_present_is_evaluated_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(torch.randn(100, 3, 32, 32), tmp_path / "cifar100.pt")
+    torch.save(
+        {"images_val": torch.randn(50, 3, 32, 32), "labels_val": torch.arange(50)}, tmp_path / "cifar100_test.pt"
+    )
+    folders = [f"--{name}_dir={tmp_path}" for name in ("submit", "truth", "output")]
+    assert evaluate.main([*folders, "--max-steps=1", "--runs=1", "--device=cpu"]) == 0
+    assert "holds no tinyimagenet.pt: evaluating cifar100 alone" in capsys.readouterr().out
+    tasks = json.loads((tmp_path / "results.json").read_text())["tasks"]
+    assert list(tasks) == ["cifar100"]
+
+
+def test_score_is_the_mean_of_the_tasks(folders: list[str], tmp_path: Path) -> None:
+    other = tmp_path / "other.toml"
+    other.write_text((tmp_path / "tiny.toml").read_text().replace('"tiny"', '"other"'))
+    for folder, suffix in (("submit", ""), ("truth", "_test")):
+        (tmp_path / folder / f"other{suffix}.pt").symlink_to(tmp_path / folder / f"tiny{suffix}.pt")
+    arguments = folders[:6] + folders[8:] + ["--tasks", str(tmp_path / "tiny.toml"), str(other)]
+    assert evaluate.main([*arguments, "--max-steps", "2", "--runs", "2"]) == 0
+    found = results(tmp_path)
+    tasks = found["tasks"]
+    assert isinstance(tasks, dict)
+    assert found["score"] == pytest.approx((tasks["tiny"]["accuracy_mean"] + tasks["other"]["accuracy_mean"]) / 2)
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    code = evaluate.main(arguments)
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return code, error
+
+
+def test_bad_submission_is_refused_before_training(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save([1, 2, 3], tmp_path / "submit" / "tiny.pt")
+    code, error = refusal(folders, capsys)
+    assert code == 6
+    assert "tiny.pt" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_reference_data_is_refused(
+    folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "truth" / "tiny_test.pt").unlink()
+    code, error = refusal(folders, capsys)
+    assert code == 6
+    assert "tiny_test.pt: no such file" in error
+
+
+def test_empty_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, error = refusal([f"--submit_dir={tmp_path}"], capsys)
+    assert code == 6
+    assert "cifar100.pt, tinyimagenet.pt" in error
+
+
+def test_output_that_cannot_be_written(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("in the way")
+    code, _ = refusal(folders, capsys)
+    assert code == 5
+
+
+@pytest.mark.parametrize(
+    "wrong", [["--runs", "0"], ["--epochs", "-1"], ["--max-steps", "0"], ["--seed", "x"], ["--submit_dir"], []]
+)
+def test_wrong_usage(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        evaluate.main(wrong)
+    assert caught.value.code == 2
+
+
+def test_unknown_and_repeated_tasks(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal([*folders, "--tasks", "cifar10"], capsys)[0] == 2
+    assert refusal([*folders, "--tasks", "cifar100", "cifar100"], capsys)[0] == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_no_gpu(folders: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert refusal([*folders, "--device", "cuda"], capsys)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.2, "1 s"), (59.5, "60 s"), (60, "1 min"), (3599, "1 h 00 min"), (9600, "2 h 40 min")]
+)
+def test_duration(seconds: float, said: str) -> None:
+    assert evaluate.duration(seconds) == said
