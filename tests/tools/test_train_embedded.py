@@ -1,0 +1,309 @@
+"""Training the embedded checkpoint: it repeats itself, survives a kill, and what it writes is what diffusers loads."""
+
+import io
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from PIL import Image
+from torch import Tensor
+
+from submission.tasks import PromptStyle, Task, load_task
+from tools import embedded_layout as layout
+from tools import train_embedded
+from tools.embedded_objective import energy_distance, fit_class_gaussians, sample_class_gaussians
+
+ROOT = Path(__file__).parents[2]
+EMBEDDED = ROOT / "submission" / "pretrained"
+REAL = ROOT.parent / "shared" / "data"
+STYLES: tuple[PromptStyle, ...] = ("label", "described", "diverse")
+
+# The trainer with batches for a test: a few images a step, every step logged.
+SMALL = """
+import sys
+from tools import train_embedded as t
+t.VAE_BATCH, t.NORMALISE_ON, t.LOG_EVERY, t.IMAGES_OF_CLASS = 4, 16, 1, 2
+t.CLASSES_IN_BATCH = {"cifar100": 4, "tinyimagenet": 2}
+sys.exit(t.main(sys.argv[1:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two random images a class, packed as the real ones are."""
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    grids = folder / "cifar100" / "train"
+    grids.mkdir(parents=True)
+    for index, entry in enumerate(load_task("cifar100").classes):
+        Image.fromarray(random.integers(0, 256, (32, 64, 3), dtype=np.uint8)).save(
+            grids / f"{index:03d}_{entry.name}.webp", lossless=True
+        )
+    (folder / "tinyimagenet").mkdir()
+    with zipfile.ZipFile(folder / "tinyimagenet" / "train_150_per_class.zip", "w") as archive:
+        for entry in load_task("tinyimagenet").classes:
+            for number in range(2):
+                file = io.BytesIO()
+                Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file, "JPEG")
+                archive.writestr(f"{entry.wnid}/{number}.JPEG", file.getvalue())
+    return folder
+
+
+def start(data: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+    options = ["--vae-steps", "8", "--steps", "6", "--save-every", "3", "--threads", "1", "--seed", "5"]
+    return subprocess.Popen(
+        [sys.executable, "-c", SMALL, "--data", str(data), "--output", str(output), *options, *more],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained")
+    finish(start(data, output))
+    return output
+
+
+def test_a_killed_training_resumes_to_the_same_losses(data: Path, trained: Path, tmp_path: Path) -> None:
+    process = start(data, tmp_path)
+    log = tmp_path / "training.log"
+    # Past the save of step 3 of the second stage, so that networks, optimiser and random numbers of both count.
+    while not (log.exists() and "one_step 4 " in log.read_text()):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "checkpoint").exists(), "the kill came too late to test anything"
+
+    finish(start(data, tmp_path, "--resume"))
+
+    assert log.read_text() == (trained / "training.log").read_text()
+    for name in ("unet/diffusion_pytorch_model", "text_encoder_2/model", "vae/diffusion_pytorch_model"):
+        file = f"checkpoint/{name}.fp16.safetensors"
+        assert (tmp_path / file).read_bytes() == (trained / file).read_bytes()
+
+
+def test_a_trained_checkpoint_loads_and_samples(trained: Path) -> None:
+    pipeline = load_pipeline(trained / "checkpoint")
+    images = sample(pipeline, ["a photo of an apple"], 32, torch.randn(1, 4, 8, 8))
+    assert images.shape == (1, 3, 32, 32)
+    assert images.isfinite().all()
+    assert (trained / "checkpoint" / "training.log").read_text() == (trained / "training.log").read_text()
+
+
+def test_refusals_say_what_to_do(data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*argv: str) -> tuple[int, str]:
+        return train_embedded.main(list(argv)), capsys.readouterr().err
+
+    status, message = refused("--data", str(data), "--output", str(trained), "--threads", "1")
+    assert status == 5
+    assert "--resume" in message
+    status, message = refused("--data", str(tmp_path), "--output", str(tmp_path / "out"), "--threads", "1")
+    assert status == 6
+    assert "--data" in message
+    status, message = refused("--data", str(data), "--output", str(tmp_path / "out"), "--steps", "0")
+    assert status == 2
+    assert "--steps" in message
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# The parts
+
+
+def test_normalised_latents_have_sdxls_scale_and_decode_the_same() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4, **vae_blocks())
+    vae.post_quant_conv.bias.data += 0.5
+    pixels = torch.rand(32, 3, 32, 32) * 2 - 1
+    with torch.no_grad():
+        before = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+        spread_before = (
+            vae.encode(pixels).latent_dist.std / vae.encode(pixels).latent_dist.mean.std(dim=(0, 2, 3))[:, None, None]
+        )
+        train_embedded.normalise_latents(vae, pixels)
+        posterior = vae.encode(pixels).latent_dist
+        after = vae.decode(posterior.mean).sample
+    means = posterior.mean * layout.LATENT_SCALE
+    torch.testing.assert_close(means.mean(dim=(0, 2, 3)), torch.zeros(4), atol=1e-4, rtol=0)
+    torch.testing.assert_close(means.std(dim=(0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(posterior.std * layout.LATENT_SCALE, spread_before, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+def vae_blocks() -> dict[str, Any]:
+    return {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
+
+
+def test_class_gaussians_have_the_moments_of_their_classes() -> None:
+    torch.manual_seed(1)
+    mixing = torch.randn(3, 16, 16) / 4
+    latents = (torch.randn(3, 4000, 16) @ mixing + torch.randn(3, 1, 16)).view(3, 4000, 4, 2, 2)
+    gaussians = fit_class_gaussians(latents)
+    classes = torch.tensor([2, 0])
+    drawn = sample_class_gaussians(gaussians, classes, torch.randn(2, 20000, 4, 2, 2)).flatten(2)
+    for samples, label in zip(drawn, classes.tolist(), strict=True):
+        real = latents[label].flatten(1)
+        torch.testing.assert_close(samples.mean(dim=0), real.mean(dim=0), atol=0.06, rtol=0)
+        torch.testing.assert_close(samples.T.cov(), real.T.cov(), atol=0.1, rtol=0)
+
+
+def test_energy_distance_is_the_textbooks_less_a_constant() -> None:
+    torch.manual_seed(2)
+    made, real = torch.randn(2, 5, 4, 8, 8), torch.randn(2, 6, 4, 8, 8)
+
+    def by_hand(a: Tensor, b: Tensor) -> float:
+        across = [float((x - y).norm()) for x in a for y in b]
+        among = [float((x - y).norm()) for i, x in enumerate(a) for j, y in enumerate(a) if i != j]
+        return (2 * sum(across) / len(across) - sum(among) / len(among)) / float(a[0].numel() ** 0.5)
+
+    squares = [
+        by_hand(made[c, :, :, top : top + w, left : left + w], real[c, :, :, top : top + w, left : left + w])
+        for w in (8, 4, 2)
+        for top in range(0, 8, w)
+        for left in range(0, 8, w)
+        for c in range(2)
+        for _ in range((w // 2) ** 2)  # every scale counts the same, though a finer one has more squares
+    ]
+    assert energy_distance(made, real).item() == pytest.approx(sum(squares) / len(squares), rel=1e-4)
+
+
+def test_energy_distance_prefers_the_right_distribution_and_has_a_gradient_for_equal_samples() -> None:
+    torch.manual_seed(3)
+    real = torch.randn(20, 16, 4, 8, 8)
+    right = energy_distance(torch.randn_like(real), real)
+    assert right < energy_distance(torch.randn_like(real) + 0.3, real)
+    assert right < energy_distance(torch.randn_like(real) * 0.7, real)
+    assert right < energy_distance(torch.randn_like(real) * 1.4, real)
+    equal = torch.zeros(1, 4, 4, 8, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(energy_distance(equal, real[:1, :4]), equal)
+    assert gradient.isfinite().all()
+
+
+# The checkpoint in the repository
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Any:
+    return load_pipeline(EMBEDDED)
+
+
+def load_pipeline(folder: Path) -> Any:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, variant="fp16", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(pipeline: Any, prompts: list[str], size: int, noise: Tensor, kind: str = "pt") -> Tensor:
+    images: Tensor = pipeline(
+        prompt=prompts,
+        height=size,
+        width=size,
+        num_inference_steps=1,
+        guidance_scale=0.0,
+        latents=noise.clone(),  # the pipeline scales it
+        output_type=kind,
+    ).images
+    return images
+
+
+def networks_of(pipeline: Any) -> layout.Networks:
+    return layout.Networks(
+        pipeline.tokenizer,
+        pipeline.text_encoder,
+        pipeline.text_encoder_2,
+        pipeline.unet,
+        pipeline.vae,
+        pipeline.scheduler,
+    )
+
+
+def tasks() -> list[Task]:
+    return [load_task("cifar100"), load_task("tinyimagenet")]
+
+
+def test_embedded_checkpoint_reads_every_prompt_whole(embedded: Any) -> None:
+    prompts = [p for task in tasks() for style in STYLES for phrasing in task.prompts(style) for p in phrasing]
+    for tokenizer in (embedded.tokenizer, embedded.tokenizer_2):
+        lengths = [len(ids) for ids in tokenizer(prompts).input_ids]
+        assert max(lengths) <= tokenizer.model_max_length <= embedded.text_encoder.config.max_position_embeddings
+
+
+def test_embedded_tokenizer_takes_any_text(embedded: Any) -> None:
+    for text in ("", "日本語 🎉 Zoë", "\x00\x7f", "a" * 1000, "naïve\tQUOTES\"'`"):
+        ids = embedded.tokenizer(text, padding="max_length", truncation=True).input_ids
+        assert len(ids) == embedded.tokenizer.model_max_length
+        assert max(ids) < embedded.text_encoder.config.vocab_size
+
+
+@pytest.mark.parametrize("task", tasks(), ids=lambda task: task.name)
+def test_embedded_checkpoint_tells_classes_apart(embedded: Any, task: Task) -> None:
+    networks = networks_of(embedded)
+    for style in STYLES:
+        for phrasing in task.prompts(style):
+            with torch.no_grad():
+                pooled = layout.encode(networks, layout.token_ids(networks, phrasing)).pooled
+            distances = torch.cdist(pooled, pooled).fill_diagonal_(torch.inf)
+            assert distances.min() > 1e-3 * pooled.norm(dim=1).mean()
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_embedded_checkpoint_samples(embedded: Any, size: int) -> None:
+    noise = torch.randn(4, 4, size // 4, size // 4, generator=torch.Generator().manual_seed(0))
+    images = sample(embedded, ["a photo of an apple"] * 4, size, noise)
+    assert images.shape == (4, 3, size, size)
+    assert images.isfinite().all()
+    assert (images.std(dim=(1, 2, 3)) > 0.02).all(), "constant images"
+    assert (images[1:] - images[:1]).abs().mean() > 0.02, "the same image whatever the noise"
+
+
+def test_training_samples_as_diffusers_does(embedded: Any) -> None:
+    networks = networks_of(embedded)
+    prompts = ["a photo of an apple", "wolf"]
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = layout.one_step_latents(
+            networks, noise, layout.encode(networks, layout.token_ids(networks, prompts)), 32
+        )
+    torch.testing.assert_close(ours, sample(embedded, prompts, 32, noise, "latent"), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs the real images in ../shared/data")
+def test_embedded_images_look_like_their_classes(embedded: Any) -> None:
+    """The mean picture of a class made here is nearest to the real one's mean far more often than chance, 0.01."""
+    networks, task, each = networks_of(embedded), load_task("cifar100"), 4
+    real = []
+    for path in sorted((REAL / "cifar100" / "test_dev").glob("*.webp")):
+        grid = torch.from_numpy(np.asarray(Image.open(path).convert("RGB")).copy()).float() / 255
+        tiles = grid.unfold(0, 32, 32).unfold(1, 32, 32).flatten(0, 1)
+        real.append(tiles.mean(dim=0).flatten())
+    with torch.inference_mode():
+        conditioning = layout.encode(networks, layout.token_ids(networks, task.prompts("described")[0]))
+        wanted = layout.Conditioning(*(part.repeat_interleave(each, dim=0) for part in conditioning))
+        noise = torch.randn(100 * each, 4, 8, 8, generator=torch.Generator().manual_seed(2))
+        latents = layout.one_step_latents(networks, noise, wanted, 32)
+        made = embedded.vae.decode(latents / layout.LATENT_SCALE).sample / 2 + 0.5
+    nearest = torch.cdist(made.view(100, each, -1).mean(dim=1), torch.stack(real)).argmin(dim=1)
+    assert (nearest == torch.arange(100)).float().mean() > 0.05
