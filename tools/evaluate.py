@@ -202,7 +202,7 @@ def announce(job: Job, schedule: Schedule, runs: int, device: torch.device) -> N
     seconds = ticks[1] - ticks[0]  # the first step warms up
     print(
         f"{job.task.name}: {job.ipc} images a class, {len(job.test.labels):,} test images; "
-        f"{runs} runs of {steps:,} steps, about {duration(runs * steps * seconds)} on {device.type}",
+        f"{runs} run{'s' * (runs > 1)} of {steps:,} steps, about {duration(runs * steps * seconds)} on {device.type}",
         flush=True,
     )
 
@@ -216,7 +216,7 @@ def score_task(job: Job, schedule: Schedule, runs: int, device: torch.device) ->
     accuracies = []
     for run in range(runs):
         net = ConvNet(len(job.task.classes), job.task.size).to(device)
-        progress = Progress(f"{job.task.name} run {run + 1}/{runs}", steps, min(schedule.batch_size, len(train_labels)))
+        progress = Progress(f"{job.task.name} run {run + 1}/{runs}", steps, schedule.images_a_step(len(train_labels)))
         train(net, train_images, train_labels, schedule, progress.step)
         measure = assess(net, job.test.images, job.test.labels, schedule.batch_size)
         accuracies.append(measure.accuracy)
@@ -227,9 +227,9 @@ def score_task(job: Job, schedule: Schedule, runs: int, device: torch.device) ->
 class Progress:
     """A line now and then about a run of training."""
 
-    def __init__(self, name: str, steps: int, batch_size: int) -> None:
+    def __init__(self, name: str, steps: int, images_a_step: float) -> None:
         self.name = name
-        self._steps, self._batch_size = steps, batch_size
+        self._steps, self._images_a_step = steps, images_a_step
         self._started = self._last_line = time.perf_counter()
 
     def step(self, done: int, measure: Measure) -> None:
@@ -241,7 +241,7 @@ class Progress:
         seconds = (now - self._started) / done
         print(
             f"{self.name}: step {done:,}/{self._steps:,}, loss {measure.loss:.3f}, "
-            f"{self._batch_size / seconds:,.0f} images/s, {duration(seconds * (self._steps - done))} left",
+            f"{self._images_a_step / seconds:,.0f} images/s, {duration(seconds * (self._steps - done))} left",
             flush=True,
         )
 

@@ -46,6 +46,10 @@ class Schedule:
             return self.max_steps // 2
         return (self.epochs // 2 + 2) * self._epoch_steps(images)  # after epoch E//2 + 1, counted from 0
 
+    def images_a_step(self, images: int) -> float:
+        """The mean size of a batch: the last one of an epoch may be smaller."""
+        return images / self._epoch_steps(images)
+
     def _epoch_steps(self, images: int) -> int:
         return -(-images // self.batch_size)
 
