@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from submission.errors import BudgetError, UsageError
 
-# Seconds kept back for what comes after the file is in place: manifest, contact sheet, interpreter shutdown.
-CLOSING_SECONDS = 2.5
+# Seconds kept back for what comes after the file is in place: contact sheet, manifest, exit.
+CLOSING_SECONDS = 1.5
 # Finishing is extrapolated from a small file to one up to a hundred times larger, on a disk shared with others.
 FINISH_CAUTION = 1.3
 # The pace is the mean of recent batches; the bound adds this many standard deviations of a batch.
@@ -227,6 +227,11 @@ class Scheduler:
         if self.rounds == 0:
             raise self._too_small()
         return 0
+
+    def check_first_file(self) -> None:
+        """Raises BudgetError where the rounds done so far can no longer be written in time."""
+        if self.budget.left < self.cost.seconds(self.rounds, self.shape):
+            raise self._too_small()
 
     def observe(self, images: int, seconds: float) -> None:
         """Takes a batch that is done: how many images, and how long they took."""

@@ -141,6 +141,10 @@ def inspect(path: Path, source: str) -> Checkpoint:
             f"{path} is not a one-step checkpoint: its scheduler's timestep_spacing is "
             f"{configs['scheduler'].get('timestep_spacing')!r}, one-step models such as SDXL-Turbo have 'trailing'"
         )
+    for folder in (path / "tokenizer", path / "tokenizer_2"):
+        # Without its vocabulary a tokenizer loads all the same, and takes every word for unknown.
+        if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+            raise CheckpointError(f"{folder / 'vocab.json'} is missing (tokenizer.json, too)")
     variants = {component: _variant(path, component) for component in WEIGHTS}
     for component, variant in variants.items():
         _check_weights(_weight_file(path, component, variant))

@@ -147,6 +147,7 @@ def generate(
                 pending = pending[classes:]
         scheduler.observe(len(images), budget.elapsed - began)
         if spool.count and not production.written:
+            scheduler.check_first_file()
             with log.phase("write first file"):
                 began = budget.elapsed
                 write_dataset(config.dataset, spool.read(), config.recipe(spool.count))
@@ -174,7 +175,7 @@ def announce(scheduler: Scheduler, production: Production, log: Log) -> None:
             images_per_second=pace,
         )
     )
-    if not scheduler.batch.settled or not production.written:
+    if not production.written:
         return
     before = production.plans[-1]["rounds"] if production.plans else 0
     if abs(plan.rounds - before) > PLAN_CHANGE * before:

@@ -58,7 +58,7 @@ class Log:
                 BarColumn(bar_width=30),
                 TextColumn("{task.fields[figures]}"),
                 _Resources(budget),
-                console=Console(),
+                console=Console(force_terminal=True),
             )
             self._bar.start()
             self._row = self._bar.add_task("starting", total=None, figures="")

@@ -7,6 +7,9 @@ import torch
 from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+# Networks this small gain nothing from a second thread, and waiting for one on a busy machine costs a lot.
+torch.set_num_threads(1)
+
 TINY_TASK = """
 name = "tiny"
 title = "Tiny"

@@ -45,10 +45,7 @@ def test_every_place_holds_its_image_or_copy(
         label, place = divmod(position, ipc)
         copy, source = divmod(place, count)
         expected = torch.from_numpy(rounds[source, label])[None]
-        if copy:
-            wanted = augment(expected, np.array([[label, source, copy]]), 5, "natural")[0]
-        else:
-            wanted = expected[0] / 255
+        wanted = augment(expected, np.array([[label, source, copy]]), 5, "natural")[0] if copy else expected[0] / 255
         torch.testing.assert_close(pixels[position], wanted, atol=2e-3 if dtype == torch.float16 else 1e-5, rtol=0)
 
 
@@ -100,7 +97,7 @@ def test_a_file_in_place_stays_when_writing_fails(task: Task, tmp_path: Path, mo
         (lambda x: x.index_fill(0, torch.tensor([5]), torch.nan), "no normalised pixels"),
         (lambda x: x.index_fill(0, torch.tensor([5]), torch.inf), "no normalised pixels"),
         (lambda x: x * 255, "no normalised pixels"),
-        (lambda x: torch.zeros_like(x), "almost black, white or grey"),
+        (torch.zeros_like, "almost black, white or grey"),
     ],
 )
 def test_verification_refuses(task: Task, tmp_path: Path, change: object, message: str) -> None:

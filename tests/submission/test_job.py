@@ -1,0 +1,278 @@
+"""The job as users run it: through the command line, on real checkpoints, with real files and signals."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from submission import cli
+from submission.errors import BankoError
+from submission.tasks import load_task
+
+ROOT = Path(__file__).resolve().parents[2]
+Run = Callable[..., Tensor]
+
+
+@pytest.fixture(autouse=True)
+def keep_signal_handlers() -> Iterator[None]:
+    """The command line installs its own."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def run(checkpoint_folder: Path, task_file: Path, tmp_path: Path) -> Run:
+    """Runs the tiny task in this process; returns the file's images as [classes, IPC, 3, 16, 16] pixels in 0..1."""
+    task = load_task(str(task_file))
+
+    def run(*options: str, output: str = "out") -> Tensor:
+        arguments = [str(task_file), "--model", str(checkpoint_folder), "--output", str(tmp_path / output), *options]
+        assert cli.main(arguments) == 0
+        images = torch.load(tmp_path / output / "tiny.pt", weights_only=True).float()
+        images = images * torch.tensor(task.std).view(3, 1, 1) + torch.tensor(task.mean).view(3, 1, 1)
+        return images.unflatten(0, (len(task.classes), -1))
+
+    return run
+
+
+def levels(a: Tensor, b: Tensor) -> int:
+    """The largest difference in 8-bit levels."""
+    return int(((a - b).abs().max() * 255).round())
+
+
+def test_a_job_leaves_file_manifest_and_sheet(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = run("--budget", "1m", "--seed", "5")
+    manifest = json.loads((tmp_path / "out/tiny.json").read_text())
+    assert images.shape == (3, 12, 3, 16, 16), "the task's cap"
+    assert (manifest["ipc"], manifest["rounds"], manifest["seed"], manifest["warnings"]) == (12, 12, 5, [])
+    assert manifest["checkpoint"]["source"].startswith("--model ") and len(manifest["checkpoint"]["sha256"]) == 4
+    assert 0 < manifest["elapsed_seconds"] < 60 and manifest["peak_memory_bytes"] > 1e8
+    assert {"generate", "write first file", "write and verify", "encode prompts"} <= set(manifest["phases_seconds"])
+    assert [plan["rounds"] for plan in manifest["plans"]][-1] == 12
+    with Image.open(tmp_path / "out/tiny.png") as sheet:
+        assert sheet.width > 150
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["tiny.json", "tiny.png", "tiny.pt"]
+    lines = capsys.readouterr().out.splitlines()
+    assert "model: --model " in lines[0]
+    assert any("plan: 12 rounds" in line for line in lines)
+    assert lines[-1].endswith("s before the deadline")
+
+
+def test_images_do_not_depend_on_the_batch_size(run: Run) -> None:
+    """To one 8-bit level: kernels add up in another order for another batch size."""
+    by_one = run("--batch-size", "1", output="one")
+    for size in ("2", "5", "7", "auto"):
+        assert levels(run("--batch-size", size, output=size), by_one) <= 1
+    assert levels(run("--seed", "1", output="other"), by_one) > 1
+
+
+def test_a_longer_run_extends_a_shorter_one(run: Run, tmp_path: Path) -> None:
+    options = ("--aug-per-image", "0", "--max-ipc", "100000")
+    short = run(*options, "--budget", "6s", output="short")
+    long = run(*options, "--budget", "10s", output="long")
+    assert 0 < short.shape[1] < long.shape[1]
+    assert levels(long[:, : short.shape[1]], short) <= 1
+
+
+def test_more_copies_and_a_higher_cap_keep_the_generated_images(run: Run) -> None:
+    few = run("--max-ipc", "4", "--aug-per-image", "0", output="few")
+    many = run("--max-ipc", "6", "--pda", "paper", output="many")
+    assert levels(many[:, :4], few) <= 1
+
+
+def test_every_image_gets_its_copies_when_the_cap_leaves_room(run: Run, tmp_path: Path) -> None:
+    images = run("--budget", "6s", "--max-ipc", "100000", output="copies")
+    rounds = json.loads((tmp_path / "copies/tiny.json").read_text())["rounds"]
+    assert images.shape[1] == 5 * rounds, "every image and its four copies"
+    plain = run("--pda", "none", "--max-ipc", "1", output="plain")
+    assert levels(images[:, :1], plain) <= 1 < levels(images[:, rounds : rounds + 1], plain)
+
+
+def test_prompt_styles_make_different_images(run: Run, task_file: Path) -> None:
+    described = run("--max-ipc", "2", "--aug-per-image", "0", output="described")
+    label = run("--max-ipc", "2", "--aug-per-image", "0", "--prompts", "label", output="label")
+    assert levels(described, label) > 0
+    text = task_file.read_text().replace('name = "apple"', 'kind = "fruit", name = "apple"')
+    text = text.replace('name = "pear"', 'kind = "fruit", name = "pear"').replace(
+        'name = "plum"', 'kind = "fruit", name = "plum"'
+    )
+    task_file.write_text(text + '\n[phrasings]\nfruit = ["{}", "{}, seen from far away"]\n')
+    diverse = run("--max-ipc", "2", "--aug-per-image", "0", "--prompts", "diverse", output="diverse")
+    assert levels(diverse[:, 0], described[:, 0]) <= 1, "round 0 has the first phrasing"
+    assert levels(diverse[:, 1], described[:, 1]) > 0, "round 1 the second"
+
+
+def test_half_precision_files(run: Run, tmp_path: Path) -> None:
+    run("--dtype", "float16", "--max-ipc", "3")
+    assert torch.load(tmp_path / "out/tiny.pt", weights_only=True).dtype == torch.float16
+
+
+def test_another_resolution_is_resized_and_enlarging_is_a_warning(run: Run, tmp_path: Path) -> None:
+    assert run("--max-ipc", "1", "--resolution", "32").shape[-1] == 16
+    run("--max-ipc", "1", "--resolution", "8")
+    assert "enlarged" in json.loads((tmp_path / "out/tiny.json").read_text())["warnings"][0]
+
+
+def test_json_lines(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--max-ipc", "2", "--log", "json")
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {"info", "progress"} <= {event["event"] for event in events}
+    assert all(event["elapsed"] > 0 for event in events)
+
+
+def test_a_terminal_gets_a_live_display(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--max-ipc", "2", "--log", "rich")
+    out = capsys.readouterr().out
+    assert "s left" in out and "before the" in out
+
+
+def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    """Runs a command line that should be refused; returns the exit code and the one line it says."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as error:  # argparse
+        assert isinstance(error.code, int)
+        return error.code, capsys.readouterr().err.splitlines()[-1]
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return code, lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["cifar10"], "cifar100"),
+        (["cifar100", "--budget", "ten"], "600, 90s or 10m"),
+        (["cifar100", "--budget", "-1"], "600, 90s or 10m"),
+        (["cifar100", "--device", "tpu"], "--device"),
+        (["cifar100", "--max-ipc", "0"], "below 1"),
+        (["cifar100", "--batch-size", "x"], "--batch-size"),
+        (["cifar100", "--seed", "-1"], "--seed"),
+        ([], "TASK"),
+    ],
+)
+def test_wrong_usage_is_code_2(capsys: pytest.CaptureFixture[str], options: list[str], words: str) -> None:
+    code, line = fail(capsys, *options)
+    assert code == 2 and words in line
+
+
+def test_a_resolution_that_does_not_divide_is_code_2(
+    capsys: pytest.CaptureFixture[str], checkpoint_folder: Path, task_file: Path, tmp_path: Path
+) -> None:
+    options = [str(task_file), "--model", str(checkpoint_folder), "--output", str(tmp_path / "out")]
+    code, line = fail(capsys, *options, "--resolution", "18")
+    assert code == 2 and "a multiple of 4" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_asking_for_a_gpu_that_is_not_there_is_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fail(capsys, "cifar100", "--device", "cuda")[0] == 2
+
+
+def damage_missing(folder: Path) -> None:
+    (folder / "unet/diffusion_pytorch_model.fp16.safetensors").unlink()
+
+
+def damage_truncated(folder: Path) -> None:
+    file = folder / "unet/diffusion_pytorch_model.fp16.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def damage_layout(folder: Path) -> None:
+    file = folder / "model_index.json"
+    file.write_text(file.read_text().replace("StableDiffusionXLPipeline", "StableDiffusionPipeline"))
+    shutil.rmtree(folder / "text_encoder_2")
+
+
+@pytest.mark.parametrize("damage", [damage_missing, damage_truncated, damage_layout])
+def test_a_bad_checkpoint_is_code_4(
+    capsys: pytest.CaptureFixture[str],
+    checkpoint_folder: Path,
+    task_file: Path,
+    tmp_path: Path,
+    damage: Callable[[Path], None],
+) -> None:
+    folder = Path(shutil.copytree(checkpoint_folder, tmp_path / "checkpoint"))
+    damage(folder)
+    code, line = fail(capsys, str(task_file), "--model", str(folder), "--output", str(tmp_path / "out"))
+    assert code == 4 and str(folder) in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_written_is_code_5(
+    capsys: pytest.CaptureFixture[str], checkpoint_folder: Path, task_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    output = str(tmp_path / "file/out")
+    code, line = fail(capsys, str(task_file), "--model", str(checkpoint_folder), "--output", output)
+    assert code == 5 and "--output" in line
+
+
+def test_a_budget_without_room_is_code_3_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], checkpoint_folder: Path, task_file: Path, tmp_path: Path
+) -> None:
+    options = [str(task_file), "--model", str(checkpoint_folder), "--output", str(tmp_path / "out")]
+    code, line = fail(capsys, *options, "--budget", "1s")
+    assert code == 3 and "cannot hold one round" in line and "try --budget" in line
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(BankoError):
+        cli.main(["cifar10", "--debug"])
+
+
+def start(*options: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "submission", *options]
+    # Without a GPU in sight the embedded checkpoint is chosen wherever the tests run.
+    variables = {"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_real_run_of_the_embedded_model_ends_before_its_deadline(tmp_path: Path) -> None:
+    began = time.monotonic()
+    process = start("cifar100", "--budget", "40s", "--output", str(tmp_path))
+    out, err = process.communicate(timeout=120)
+    took = time.monotonic() - began
+    assert process.returncode == 0, err
+    assert took < 40, "the deadline is the contract"
+    assert "model: embedded" in out.splitlines()[0]
+    manifest = json.loads((tmp_path / "cifar100.json").read_text())
+    assert manifest["checkpoint"]["source"].startswith("embedded")
+    images = torch.load(tmp_path / "cifar100.pt", weights_only=True)
+    assert images.shape == (100 * manifest["ipc"], 3, 32, 32) and images.dtype == torch.float32
+
+
+def test_time_spent_before_the_process_counts(tmp_path: Path) -> None:
+    """The harness began 55 s ago: what is left of a minute holds no round."""
+    process = start("cifar100", "--budget", "1m", "--output", str(tmp_path), BANKO_STARTED_AT=str(time.time() - 55))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 3 and "a budget of 60 s" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_file(checkpoint_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    process = start("cifar100", "--model", str(checkpoint_folder), "--output", str(tmp_path), "--max-ipc", "1000000")
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "cifar100.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    manifest = json.loads((tmp_path / "cifar100.json").read_text())
+    images = torch.load(tmp_path / "cifar100.pt", weights_only=True)
+    assert len(images) == 100 * manifest["ipc"] and "before the deadline" in out

@@ -1,0 +1,133 @@
+"""The one-step sampler against diffusers' own pipeline, and its independence of batches."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import load_file, save_file
+
+from submission import pipeline
+from submission.checkpoint import inspect
+from submission.decoder import choose_vae_dtype, decode
+from submission.errors import CheckpointError
+from tests.conftest import make_pipeline
+
+CPU = torch.device("cpu")
+PROMPTS = ["a photo of an apple", "crane", "a photo of a very long stingray under water"]
+
+
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp(request.param)
+    make_pipeline(request.param).save_pretrained(path)
+    yield path
+
+
+def reference(folder: Path) -> StableDiffusionXLPipeline:
+    return StableDiffusionXLPipeline.from_pretrained(folder)
+
+
+def test_prompts_are_encoded_as_diffusers_does(folder: Path) -> None:
+    ours = pipeline.encode_prompts(inspect(folder, "test"), PROMPTS, CPU, torch.float32)
+    with torch.no_grad():
+        embeds, _, pooled, _ = reference(folder).encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    torch.testing.assert_close(ours.embeds, embeds)
+    torch.testing.assert_close(ours.pooled, pooled)
+
+
+def test_one_step_and_decoding_are_diffusers_own(folder: Path) -> None:
+    """Same noise in, same latents and images out as StableDiffusionXLPipeline with one step and no guidance."""
+    checkpoint, theirs = inspect(folder, "test"), reference(folder)
+    sampler = pipeline.load_sampler(checkpoint, 16, CPU, torch.float32)
+    conditioning = pipeline.encode_prompts(checkpoint, PROMPTS, CPU, torch.float32)
+    noise = pipeline.draw_noise(3, [0, 1, 2], [0, 0, 0], sampler.side)
+    latents = pipeline.sample(sampler, conditioning, torch.arange(3), noise)
+    call = {"num_inference_steps": 1, "guidance_scale": 0.0, "height": 16, "width": 16, "latents": noise}
+    expected = theirs(PROMPTS, output_type="latent", **call).images
+    torch.testing.assert_close(latents, expected, atol=1e-3, rtol=1e-4)
+    pixels, sound = decode(theirs.vae, latents, 16)
+    expected_pixels = torch.from_numpy(theirs(PROMPTS, output_type="np", **call).images).permute(0, 3, 1, 2)
+    assert sound.all()
+    assert (pixels / 255 - expected_pixels).abs().max() <= 0.5 / 255 + 1e-3
+
+
+def test_noise_is_a_function_of_seed_class_and_round() -> None:
+    together = pipeline.draw_noise(7, [0, 1, 0, 1], [0, 0, 5, 5], 4)
+    for row, (label, round_) in enumerate([(0, 0), (1, 0), (0, 5), (1, 5)]):
+        assert torch.equal(together[row : row + 1], pipeline.draw_noise(7, [label], [round_], 4))
+    assert not torch.equal(together, pipeline.draw_noise(8, [0, 1, 0, 1], [0, 0, 5, 5], 4))
+    assert len({image.numpy().tobytes() for image in together}) == 4
+    many = pipeline.draw_noise(0, list(range(64)), [3] * 64, 16)
+    assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
+
+
+def test_decoding_in_parts_and_resizing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = pipeline.load_vae(inspect(folder, "test"), CPU, torch.float32)
+    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    whole, _ = decode(vae, latents, 8)
+    assert whole.shape == (5, 3, 8, 8) and whole.dtype == torch.uint8
+    monkeypatch.setattr("submission.decoder.PIXELS_A_PASS", 1)
+    parts, _ = decode(vae, latents, 8)
+    assert (whole.int() - parts.int()).abs().max() <= 1
+
+
+def test_broken_images_are_noticed(folder: Path) -> None:
+    vae = pipeline.load_vae(inspect(folder, "test"), CPU, torch.float32)
+    latents = torch.randn(3, 4, 8, 8)
+    latents[1, 0, 0, 0] = torch.nan
+    _, sound = decode(vae, latents, 16)
+    assert sound.tolist() == [True, False, True]
+    torch.nn.init.zeros_(vae.decoder.conv_out.weight)
+    torch.nn.init.zeros_(vae.decoder.conv_out.bias)
+    _, sound = decode(vae, latents[:1], 16)
+    assert sound.tolist() == [False], "one constant colour"
+
+
+def test_the_vae_never_runs_in_fp16() -> None:
+    for device in (CPU, torch.device("cuda")):
+        assert choose_vae_dtype(device, torch.float16) != torch.float16
+
+
+def test_the_precision_on_a_cpu_is_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pipeline.choose_dtype(torch.device("cuda")) == torch.float16
+    for factor, expected in [(0.1, torch.bfloat16), (0.9, torch.float32), (50.0, torch.float32)]:
+        times = iter([[1.0, 3.0], [factor, 60.0]])
+        monkeypatch.setattr("timeit.repeat", lambda *_, times=times, **__: next(times))
+        assert pipeline.choose_dtype(CPU) == expected
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+def test_weights_that_do_not_match_the_configuration_are_refused(folder: Path, tmp_path: Path, component: str) -> None:
+    """The libraries would fill what is missing with random numbers."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    file = next((copy / component).glob("*.safetensors"))
+    weights = load_file(file)
+    weights.pop(sorted(weights)[0])
+    save_file(weights, file, metadata={"format": "pt"})
+    checkpoint = inspect(copy, "test")
+    with pytest.raises(CheckpointError, match=component):
+        if component == "unet":
+            pipeline.load_sampler(checkpoint, 16, CPU, torch.float32)
+        elif component == "vae":
+            pipeline.load_vae(checkpoint, CPU, torch.float32)
+        else:
+            pipeline.encode_prompts(checkpoint, PROMPTS, CPU, torch.float32)
+
+
+def test_both_forms_of_vocabulary_are_read_alike(folder: Path, tmp_path: Path) -> None:
+    """SDXL-Turbo has vocab.json and merges.txt, newer libraries save tokenizer.json."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    before = pipeline.encode_prompts(inspect(copy, "test"), PROMPTS, CPU, torch.float32)
+    for part in (copy / "tokenizer", copy / "tokenizer_2"):
+        vocabulary = json.loads((part / "tokenizer.json").read_text())["model"]["vocab"]
+        (part / "tokenizer.json").unlink()
+        with pytest.raises(CheckpointError, match=r"vocab\.json is missing"):
+            inspect(copy, "test")
+        (part / "vocab.json").write_text(json.dumps(vocabulary))
+        (part / "merges.txt").write_text("#version: 0.2\n")
+    after = pipeline.encode_prompts(inspect(copy, "test"), PROMPTS, CPU, torch.float32)
+    assert torch.equal(before.embeds, after.embeds)
