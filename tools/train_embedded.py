@@ -51,8 +51,8 @@ KL_WEIGHT = 1e-3  # per latent, against an L1 of pixels in -1..1: keeps latents 
 NORMALISE_ON = 2048  # images the latents' mean and std are taken from
 
 # Classes in a batch, images of each, by task. A 64 px sample costs as much as four of 32 px, so there are fewer.
-CLASSES_IN_BATCH = {"cifar100": 24, "tinyimagenet": 8}
-IMAGES_OF_CLASS = 8
+CLASSES_IN_BATCH = {"cifar100": 32, "tinyimagenet": 12}
+IMAGES_OF_CLASS = 4
 TURNS = ("cifar100", "cifar100", "tinyimagenet")
 ONE_STEP_RATE = 2e-3
 # How often a class is asked for in each style. `described` is the default; `diverse` has eight phrasings to learn.

@@ -126,7 +126,7 @@ def test_a_damaged_local_folder_is_an_error_not_a_reason_to_look_on(copy: Path, 
     (tmp_path / "models").mkdir()
     (tmp_path / "models/sdxl-turbo").symlink_to(copy)
     (copy / "unet/config.json").unlink()
-    with pytest.raises(CheckpointError, match="unet/config.json"):
+    with pytest.raises(CheckpointError, match=r"unet/config\.json"):
         choose("auto", cuda=False, environment={}, root=tmp_path)
 
 
@@ -138,7 +138,7 @@ def test_auto_without_a_gpu_takes_the_embedded_one_and_says_so(tmp_path: Path) -
 
 @pytest.mark.usefixtures("offline")
 def test_auto_with_a_gpu_never_takes_the_embedded_one(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no SDXL-Turbo weights.*--model embedded"):
+    with pytest.raises(CheckpointError, match=r"no SDXL-Turbo weights.*--model embedded"):
         choose("auto", cuda=True, environment={}, root=tmp_path)
 
 
