@@ -1,4 +1,4 @@
-"""``python -m submission``: notes the time before anything slow is imported, then runs the command line."""
+"""`python -m submission`: notes the time before anything slow is imported, then runs the command line."""
 
 import os
 import sys

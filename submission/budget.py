@@ -32,7 +32,7 @@ BATCH_TRIAL_SHARE = 0.02
 
 
 def parse_seconds(text: str) -> float:
-    """Reads a duration: ``600``, ``90s`` or ``10m``, in seconds. Raises UsageError for anything else or for <= 0."""
+    """Reads a duration: `600`, `90s` or `10m`, in seconds. Raises UsageError for anything else or for <= 0."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m)?", text.strip())
     seconds = float(match[1]) * (60 if match[2] == "m" else 1) if match else 0.0
     if seconds <= 0:
@@ -44,7 +44,7 @@ def parse_seconds(text: str) -> float:
 class Budget:
     """A span of time with a deadline, on a clock that never jumps.
 
-    ``seconds`` from start to deadline; ``start`` is a reading of ``clock``, which counts seconds monotonically.
+    `seconds` from start to deadline; `start` is a reading of `clock`, which counts seconds monotonically.
     """
 
     seconds: float
@@ -61,7 +61,7 @@ class Budget:
 
 
 def start_budget(seconds: float, *epochs: float | None) -> Budget:
-    """The budget that began at the earliest of ``epochs`` (Unix seconds; None and the future are passed over).
+    """The budget that began at the earliest of `epochs` (Unix seconds; None and the future are passed over).
 
     The wall clock is read once, here; from now on only the monotonic clock counts.
     """
@@ -73,7 +73,7 @@ def start_budget(seconds: float, *epochs: float | None) -> Budget:
 class Shape:
     """How rounds become images a class (IPC).
 
-    ``classes`` images a round, at most ``copies`` augmented copies an image, at most ``cap`` images a class.
+    `classes` images a round, at most `copies` augmented copies an image, at most `cap` images a class.
     """
 
     classes: int
@@ -86,7 +86,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class FinishCost:
-    """What writing a file costs, in seconds: ``fixed`` whatever its size, and ``per_image`` in it, copy or not."""
+    """What writing a file costs, in seconds: `fixed` whatever its size, and `per_image` in it, copy or not."""
 
     fixed: float
     per_image: float
@@ -129,9 +129,9 @@ class Plan:
 
 
 def make_plan(left: float, images_done: int, batch_size: int, pace: Pace, cost: FinishCost, shape: Shape) -> Plan:
-    """The largest plan that fits into ``left`` seconds, given ``images_done`` so far, counted across rounds.
+    """The largest plan that fits into `left` seconds, given `images_done` so far, counted across rounds.
 
-    Its ``rounds`` never lie below the whole rounds already done; equal to them means: stop generating, finish now.
+    Its `rounds` never lie below the whole rounds already done; equal to them means: stop generating, finish now.
     """
 
     def generate(rounds: int) -> float:
@@ -150,7 +150,7 @@ def make_plan(left: float, images_done: int, batch_size: int, pace: Pace, cost: 
 class BatchSize:
     """Finds the batch size while real batches are generated, so that no trial is wasted: doubles while that pays.
 
-    A ``fixed`` size is taken as it is. Sizes are tried from 1 up to ``limit``, each ``BATCH_TRIALS`` times, the best
+    A `fixed` size is taken as it is. Sizes are tried from 1 up to `limit`, each `BATCH_TRIALS` times, the best
     time counting: the first use of a size is slow (kernels are chosen), and a stall must not decide.
     """
 
@@ -194,7 +194,7 @@ class Scheduler:
     """Measures and decides: the size of the next batch, how many rounds to expect, when to stop.
 
     It goes on while the fastest pace seen could still complete a round (trying costs nothing) and the cautious pace
-    leaves time to write what is there (being late costs everything). ``cost`` may be replaced once a file has been
+    leaves time to write what is there (being late costs everything). `cost` may be replaced once a file has been
     written and timed.
     """
 

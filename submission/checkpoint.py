@@ -44,8 +44,8 @@ CONFIGS = (
 class Checkpoint:
     """A checkpoint folder found whole.
 
-    ``source`` says which rule chose it; ``variants`` maps each component with weights to ``"fp16"`` or None, the
-    variant of its file; ``configs`` maps each component to its parsed configuration.
+    `source` says which rule chose it; `variants` maps each component with weights to `"fp16"` or None, the
+    variant of its file; `configs` maps each component to its parsed configuration.
     """
 
     path: Path
@@ -65,7 +65,7 @@ class Checkpoint:
         return int(self.vae_factor * 2 ** (len(self.configs["unet"]["block_out_channels"]) - 1))
 
     def resolution_for(self, size: int) -> int:
-        """Canvas in pixels for images of ``size`` pixels: the smallest one it was trained for that is not smaller."""
+        """Canvas in pixels for images of `size` pixels: the smallest one it was trained for that is not smaller."""
         return min((r for r in self.resolutions if r >= size), default=max(self.resolutions))
 
     def weight_file(self, component: str) -> Path:
@@ -73,10 +73,10 @@ class Checkpoint:
 
 
 def choose(model: str, *, cuda: bool, environment: Mapping[str, str], root: Path) -> Checkpoint:
-    """Finds and checks the checkpoint that ``--model`` asks for.
+    """Finds and checks the checkpoint that `--model` asks for.
 
-    ``model`` is ``auto``, ``embedded``, a folder or a hub id. ``auto`` takes the ``BANKO_MODEL`` of ``environment``,
-    else ``root``/models/sdxl-turbo, else with ``cuda`` SDXL-Turbo from the hub (its cache first), else the embedded
+    `model` is `auto`, `embedded`, a folder or a hub id. `auto` takes the `BANKO_MODEL` of `environment`,
+    else `root`/models/sdxl-turbo, else with `cuda` SDXL-Turbo from the hub (its cache first), else the embedded
     one: a machine with a GPU never submits the stand-in by accident. Raises CheckpointError.
     """
     if model == "auto":

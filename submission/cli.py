@@ -84,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None, process_start: float | None = None) -> int:
-    """Runs the command line and returns the exit code. ``process_start`` is in Unix seconds."""
+    """Runs the command line and returns the exit code. `process_start` is in Unix seconds."""
     options = build_parser().parse_args(arguments)
     try:
         return _run(options, process_start or time.time())

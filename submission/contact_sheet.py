@@ -14,7 +14,7 @@ MOST_CLASSES = 400
 
 
 def write_contact_sheet(path: Path, images: NDArray[np.uint8], names: Sequence[str]) -> None:
-    """Writes a PNG of ``images`` [classes, 3, H, W], about square, in class order."""
+    """Writes a PNG of `images` [classes, 3, H, W], about square, in class order."""
     count = min(len(images), MOST_CLASSES)
     columns = round(count**0.5)
     rows = -(-count // columns)

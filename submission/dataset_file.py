@@ -1,7 +1,7 @@
-"""The challenge's ``.pt`` file: written from the spool class by class, copies made on the way, checked, put in place.
+"""The challenge's `.pt` file: written from the spool class by class, copies made on the way, checked, put in place.
 
-The file is what ``torch.save`` would write for one float tensor [classes * IPC, 3, H, W], so ``torch.load`` reads it
-with ``weights_only=True`` and can map it. It is streamed, so that memory does not grow with it.
+The file is what `torch.save` would write for one float tensor [classes * IPC, 3, H, W], so `torch.load` reads it
+with `weights_only=True` and can map it. It is streamed, so that memory does not grow with it.
 """
 
 import os
@@ -43,10 +43,10 @@ class Recipe:
 
 
 def write_dataset(path: Path, rounds: NDArray[np.uint8], recipe: Recipe) -> None:
-    """Writes ``path`` from ``rounds`` [R, classes, 3, H, W] and puts it in place whole, checked, or not at all.
+    """Writes `path` from `rounds` [R, classes, 3, H, W] and puts it in place whole, checked, or not at all.
 
     Class by class: the R generated images in round order, then copies, the first copy of every image before the second
-    of any: at place j of a class stands round ``j % R``, copy ``j // R`` (0 is the image itself). Raises OutputError.
+    of any: at place j of a class stands round `j % R`, copy `j // R` (0 is the image itself). Raises OutputError.
     """
     task = recipe.task
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -132,7 +132,7 @@ def _chunk(rounds: NDArray[np.uint8], recipe: Recipe, positions: NDArray[np.int6
 
 
 def _in_order(pool: Executor, ahead: int, jobs: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
-    """Results of ``jobs`` in their order, no more than ``ahead`` of them waiting to be taken."""
+    """Results of `jobs` in their order, no more than `ahead` of them waiting to be taken."""
     running: deque[Future[Tensor]] = deque()
     for job in jobs:
         running.append(pool.submit(job))
@@ -153,7 +153,7 @@ def _statistics(task: Task) -> tuple[Tensor, Tensor]:
 def _skeleton(scratch: Path, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, bytes | None]:
     """The records of torch's archive around a tensor, by name, in order; None stands for the tensor's own bytes.
 
-    torch writes them itself; ``skip_data`` leaves a hole for the tensor, which is allocated but never touched.
+    torch writes them itself; `skip_data` leaves a hole for the tensor, which is allocated but never touched.
     """
     with skip_data():
         torch.save(torch.empty(shape, dtype=dtype), scratch)

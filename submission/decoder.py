@@ -11,7 +11,7 @@ PIXELS_A_PASS = 1 << 20
 
 
 def choose_vae_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """The UNet's dtype, but never fp16: SDXL's VAE overflows in it (its config says ``force_upcast``)."""
+    """The UNet's dtype, but never fp16: SDXL's VAE overflows in it (its config says `force_upcast`)."""
     if dtype != torch.float16:
         return dtype
     return torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported() else torch.float32

@@ -18,9 +18,9 @@ from submission.tasks import PromptStyle, Task
 
 @dataclass(frozen=True)
 class Generator:
-    """Makes image i, of class ``i % classes`` in round ``i // classes``, whatever batch it is asked for in.
+    """Makes image i, of class `i % classes` in round `i // classes`, whatever batch it is asked for in.
 
-    ``prompt_of`` [phrasings, classes] indexes ``conditioning``; round r takes phrasing ``r % phrasings``.
+    `prompt_of` [phrasings, classes] indexes `conditioning`; round r takes phrasing `r % phrasings`.
     """
 
     task: Task
@@ -32,7 +32,7 @@ class Generator:
     vae: Any
 
     def images(self, start: int, stop: int, log: Log) -> Tensor:
-        """Images ``start`` to ``stop`` as uint8 [n, 3, size, size] on the CPU. Raises CheckpointError."""
+        """Images `start` to `stop` as uint8 [n, 3, size, size] on the CPU. Raises CheckpointError."""
         rounds, labels = np.divmod(np.arange(start, stop), len(self.task.classes))
         noise = pipeline.draw_noise(self.seed, labels.tolist(), rounds.tolist(), self.sampler.side)
         prompts = self.prompt_of[torch.from_numpy(rounds) % len(self.prompt_of), torch.from_numpy(labels)]
@@ -65,7 +65,7 @@ def load_generator(
 ) -> Generator:
     """Encodes all prompts, lets the text encoders go, and loads UNet and VAE.
 
-    ``resolution`` is the canvas in pixels; None takes the checkpoint's own. Raises UsageError or CheckpointError.
+    `resolution` is the canvas in pixels; None takes the checkpoint's own. Raises UsageError or CheckpointError.
     """
     resolution = resolution or checkpoint.resolution_for(task.size)
     if resolution % checkpoint.resolution_step:

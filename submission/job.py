@@ -34,7 +34,7 @@ PLAN_CHANGE = 0.05
 
 @dataclass(frozen=True)
 class JobConfig:
-    """What was asked for. ``copies`` an image at most, ``cap`` images a class at most, ``resolution`` in pixels;
+    """What was asked for. `copies` an image at most, `cap` images a class at most, `resolution` in pixels;
     None stands for the checkpoint's own resolution, and for the batch size that measures best."""
 
     task: Task
@@ -71,7 +71,7 @@ class Production:
 
 
 def run(config: JobConfig, budget: Budget, log: Log, stop: threading.Event) -> None:
-    """Makes OUT/NAME.pt, .json and .png inside ``budget``; setting ``stop`` ends generation early.
+    """Makes OUT/NAME.pt, .json and .png inside `budget`; setting `stop` ends generation early.
 
     Raises UsageError, BudgetError, CheckpointError or OutputError.
     """
@@ -104,7 +104,7 @@ def run(config: JobConfig, budget: Budget, log: Log, stop: threading.Event) -> N
 
 
 def choose_device(wanted: str) -> torch.device:
-    """``auto`` is the GPU where there is one. Raises UsageError where one is asked for and there is none."""
+    """`auto` is the GPU where there is one. Raises UsageError where one is asked for and there is none."""
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or check the driver")

@@ -49,7 +49,7 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Writes ``path`` whole or not at all. Raises OutputError."""
+    """Writes `path` whole or not at all. Raises OutputError."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
         unfinished.write_text(json.dumps(content, indent=1) + "\n")

@@ -30,7 +30,7 @@ PROMPTS_A_BATCH = 64
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told of each prompt: ``embeds`` [P, tokens, D] and ``pooled`` [P, D'], in the UNet's dtype."""
+    """What the UNet is told of each prompt: `embeds` [P, tokens, D] and `pooled` [P, D'], in the UNet's dtype."""
 
     embeds: Tensor
     pooled: Tensor
@@ -38,7 +38,7 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Sampler:
-    """A UNet with the constants of its single step. Latents are [4, side, side]; ``sigma`` is the noise level."""
+    """A UNet with the constants of its single step. Latents are [4, side, side]; `sigma` is the noise level."""
 
     unet: Any
     side: int
@@ -92,7 +92,7 @@ def encode_prompts(
 
 
 def load_sampler(checkpoint: Checkpoint, resolution: int, device: torch.device, dtype: torch.dtype) -> Sampler:
-    """Loads the UNet and works out its single step for canvases of ``resolution`` pixels. Raises CheckpointError."""
+    """Loads the UNet and works out its single step for canvases of `resolution` pixels. Raises CheckpointError."""
     from diffusers import EulerAncestralDiscreteScheduler, UNet2DConditionModel  # noqa: PLC0415  # slow to import
 
     unet = _load_model(UNet2DConditionModel, checkpoint, "unet", dtype).to(device).eval()
@@ -133,9 +133,9 @@ def draw_noise(seed: int, classes: Sequence[int], rounds: Sequence[int], side: i
 
 @torch.inference_mode()
 def sample(sampler: Sampler, conditioning: Conditioning, prompts: Tensor, noise: Tensor) -> Tensor:
-    """Clean latents [N, 4, side, side] float32 from ``noise`` (float32, same shape) in one step.
+    """Clean latents [N, 4, side, side] float32 from `noise` (float32, same shape) in one step.
 
-    ``prompts`` [N] indexes ``conditioning``. With x = sigma * noise, the UNet sees x / sqrt(sigma^2 + 1), and its
+    `prompts` [N] indexes `conditioning`. With x = sigma * noise, the UNet sees x / sqrt(sigma^2 + 1), and its
     output gives the clean latent by the definition of its prediction: epsilon, x - sigma * epsilon; v (Salimans & Ho
     2022 in the scheduler's scaling), x / (sigma^2 + 1) - v * sigma / sqrt(sigma^2 + 1).
     """

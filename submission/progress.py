@@ -24,7 +24,7 @@ LINE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Status:
-    """Generation so far and as planned; ``images_per_second`` is the recent pace."""
+    """Generation so far and as planned; `images_per_second` is the recent pace."""
 
     rounds: int
     planned_rounds: int
@@ -72,7 +72,7 @@ class Log:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Names what goes on, and adds its duration in seconds to ``timings``."""
+        """Names what goes on, and adds its duration in seconds to `timings`."""
         if self._bar:
             self._bar.update(self._row, description=name)
         started = time.perf_counter()
@@ -80,7 +80,7 @@ class Log:
         self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
 
     def status(self, status: Status) -> None:
-        """Shows progress: at once on a terminal, every ``LINE_SECONDS`` in a log."""
+        """Shows progress: at once on a terminal, every `LINE_SECONDS` in a log."""
         if self._bar:
             self._bar.update(
                 self._row, completed=status.images, total=status.planned_images, figures=escape(str(status))

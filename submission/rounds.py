@@ -14,7 +14,7 @@ class Spool:
     """Rounds appended to one file, each [classes, 3, size, size] uint8, read back through a memory map."""
 
     def __init__(self, folder: Path, classes: int, size: int) -> None:
-        """Starts an empty spool in ``folder``, which is made anew. Raises OutputError."""
+        """Starts an empty spool in `folder`, which is made anew. Raises OutputError."""
         self.folder = folder
         self.shape = (classes, 3, size, size)
         self.count = 0

@@ -136,7 +136,7 @@ class Outcome:
 def simulate(
     seconds: float, start: float, image: float, noise: float, shape: Shape, cost: FinishCost, seed: int
 ) -> Outcome:
-    """A job on a fake clock, whose batches take ``image`` seconds an image times a random factor 1 +- ``noise``."""
+    """A job on a fake clock, whose batches take `image` seconds an image times a random factor 1 +- `noise`."""
     clock, dice = FakeClock(), random.Random(seed)
     budget = Budget(seconds, 0.0, clock)
     clock.now = start

@@ -1,4 +1,4 @@
-"""The ``.pt`` file: what stands where, that it is what torch would have written, and that it is whole or absent."""
+"""The `.pt` file: what stands where, that it is what torch would have written, and that it is whole or absent."""
 
 import io
 import zipfile
