@@ -22,8 +22,15 @@ install() {
 python=${BANKO_PYTHON:-}
 if [[ -z $python ]]; then
     if [[ ! -x $here/.venv/bin/pip ]]; then
-        base=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3 || true)
-        if [[ -z $base ]] || ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        base=
+        for candidate in python3 python3.13 python3.12 python3.11; do
+            # Asked to run, not only looked up: version managers leave names behind that do not work.
+            if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+                base=$candidate
+                break
+            fi
+        done
+        if [[ -z $base ]]; then
             echo "error: Python 3.11 or newer is needed (with its venv module)" >&2
             exit 1
         fi
