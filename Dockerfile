@@ -14,10 +14,10 @@ ENV BANKO_PYTHON=python3 \
     HF_HUB_OFFLINE=1 \
     PYTHONUNBUFFERED=1
 
-RUN useradd --create-home banko && install -d -o banko /outputs
+RUN useradd --create-home --uid 10001 banko && install -d -o banko /outputs
 COPY run.sh /app/
 COPY submission /app/submission
-USER banko
+USER 10001
 # The default --output, outputs/, is /outputs from here.
 WORKDIR /
 ENTRYPOINT ["/app/run.sh"]

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from submission.budget import parse_seconds, start_budget
@@ -53,10 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
         "models/sdxl-turbo, else SDXL-Turbo from the hub with a GPU and the embedded model without (default: auto)",
     )
     parser.add_argument(
-        "--resolution", type=_positive, metavar="PX", help="canvas to generate on (default: the checkpoint's own)"
+        "--resolution", type=number_from(1), metavar="PX", help="canvas to generate on (default: the checkpoint's own)"
     )
     parser.add_argument(
-        "--aug-per-image", type=_count, default=4, metavar="N", help="augmented copies an image at most (default: 4)"
+        "--aug-per-image",
+        type=number_from(0),
+        default=4,
+        metavar="N",
+        help="augmented copies an image at most (default: 4)",
     )
     parser.add_argument(
         "--pda", choices=("paper", "natural", "none"), default="natural", help="how copies are made (default: natural)"
@@ -68,11 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="bare class names, descriptions, or descriptions in phrasings taken in turn (default: described)",
     )
     parser.add_argument(
-        "--max-ipc", type=_positive, metavar="N", help="most images a class in the file (default: the task's, 500)"
+        "--max-ipc", type=number_from(1), metavar="N", help="most images a class in the file (default: the task's, 500)"
     )
-    parser.add_argument("--seed", type=_count, default=0, metavar="N", help="0 or more (default: 0)")
+    parser.add_argument("--seed", type=number_from(0), default=0, metavar="N", help="0 or more (default: 0)")
     parser.add_argument(
-        "--batch-size", type=_auto_or_positive, default=None, metavar="N", help="auto or a number (default: auto)"
+        "--batch-size", type=batch_size, default=None, metavar="N", help="auto or a number (default: auto)"
     )
     parser.add_argument(
         "--dtype", choices=("float32", "float16"), default="float32", help="of the file (default: float32)"
@@ -138,19 +142,17 @@ def _stop_on_signals() -> threading.Event:
     return stop
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
+def number_from(low: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers not below `low`."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{text} is below {low}")
+        return value
+
+    return number
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
-    return value
-
-
-def _auto_or_positive(text: str) -> int | None:
-    return None if text == "auto" else _positive(text)
+def batch_size(text: str) -> int | None:
+    return None if text == "auto" else number_from(1)(text)
