@@ -225,7 +225,7 @@ def describe(
         "budget_seconds": scheduler.budget.seconds,
         "elapsed_seconds": round(scheduler.budget.elapsed, 2),
         "phases_seconds": {name: round(seconds, 3) for name, seconds in log.timings.items()},
-        "images_per_second": round(1 / scheduler.pace.mean, 2),
+        "images_per_second": round(scheduler.images / log.timings["generate"], 2),
         "batch_size": scheduler.batch.current,
         "plans": production.plans,
         "resolution": generator.resolution,
