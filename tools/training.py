@@ -68,7 +68,7 @@ class Measure:
 def keep_freed_memory() -> None:
     """Have the process keep memory that it frees, where the C library is glibc; for the rest of its life.
 
-    glibc otherwise maps every large activation anew and lets the kernel zero its pages, again in each step: four tenths of
+    glibc otherwise maps every large activation anew, and the kernel zeroes its pages, in every step: four tenths of
     the time of a step on a CPU. Results stay the same to the bit; the process takes up to half as much memory again.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
