@@ -13,12 +13,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from submission.cli import number_from
 from submission.errors import BankoError, InputFileError, OutputError, UsageError
 from submission.manifest import write_json
 from submission.tasks import Task, builtin_names, load_task
@@ -88,21 +89,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--epochs",
-        type=_number_from(0),
+        type=number_from(0),
         default=1000,
         metavar="N",
         help="train epochs 0 to N inclusive (default: 1000)",
     )
     parser.add_argument(
         "--max-steps",
-        type=_number_from(1),
+        type=number_from(1),
         metavar="S",
         help="end a run after S SGD steps, with the optimiser restarted at half of them (default: no such end)",
     )
-    parser.add_argument("--runs", type=_number_from(1), default=3, metavar="N", help="networks a task (default: 3)")
+    parser.add_argument("--runs", type=number_from(1), default=3, metavar="N", help="networks a task (default: 3)")
     parser.add_argument(
         "--seed",
-        type=_number_from(0),
+        type=number_from(0),
         default=0,
         metavar="N",
         help="seeds torch once, before the first run (default: 0)",
@@ -309,17 +310,6 @@ def duration(seconds: float) -> str:
         return f"{math.ceil(seconds)} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
-def _number_from(smallest: int) -> Callable[[str], int]:
-    """A type of argument: an integer no smaller than that."""
-
-    def number(text: str) -> int:
-        if (value := int(text)) < smallest:
-            raise argparse.ArgumentTypeError(f"{text} is below {smallest}")
-        return value
-
-    return number
 
 
 if __name__ == "__main__":
