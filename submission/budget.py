@@ -14,9 +14,13 @@ from dataclasses import dataclass, field
 from submission.errors import BudgetError, UsageError
 
 # Seconds kept back for what comes after the file is in place: contact sheet, manifest, exit.
-CLOSING_SECONDS = 1.5
-# Finishing is extrapolated from a small file to one up to a hundred times larger, on a disk shared with others.
-FINISH_CAUTION = 1.3
+CLOSING_SECONDS = 2.0
+# Writing is extrapolated from a smaller file, on a disk and cores shared with others: files six times as large were
+# seen to take 1.7 times as long an image.
+FINISH_CAUTION = 2.0
+# A larger file replaces the one in place when the rounds have grown by this factor since, and writing it is expected
+# to take at most this share of the time left. All of them together then cost less than 3% of the budget.
+SNAPSHOT_GROWTH, SNAPSHOT_SHARE = 4, 0.02
 # The pace is the mean of recent batches; the bound adds this many standard deviations of a batch.
 PACE_DEVIATIONS = 2.0
 # Weight of the newest batch in the running mean: about the last ten batches count.
@@ -91,10 +95,13 @@ class FinishCost:
     fixed: float
     per_image: float
 
+    def writing(self, rounds: int, shape: Shape) -> float:
+        """Seconds to write a file of so many rounds; never falls as they grow."""
+        return self.fixed + self.per_image * shape.classes * shape.ipc(rounds)
+
     def seconds(self, rounds: int, shape: Shape) -> float:
-        """Cautious seconds to finish with so many rounds; never falls as they grow."""
-        writing = self.fixed + self.per_image * shape.classes * shape.ipc(rounds)
-        return FINISH_CAUTION * writing + CLOSING_SECONDS
+        """Cautious seconds from the last image to the end of the process."""
+        return FINISH_CAUTION * self.writing(rounds, shape) + CLOSING_SECONDS
 
 
 @dataclass
@@ -228,10 +235,18 @@ class Scheduler:
             raise self._too_small()
         return 0
 
-    def check_first_file(self) -> None:
-        """Raises BudgetError where the rounds done so far can no longer be written in time."""
-        if self.budget.left < self.cost.seconds(self.rounds, self.shape):
+    def file_due(self, written: int) -> bool:
+        """Whether to write what is there now, the file in place holding `written` rounds.
+
+        The first round is written at once: from then on a complete file is in place and its cost is known. Raises
+        BudgetError where there is no time left even for that.
+        """
+        if written:
+            affordable = self.cost.writing(self.rounds, self.shape) <= SNAPSHOT_SHARE * self.budget.left
+            return self.rounds >= SNAPSHOT_GROWTH * written and affordable
+        if self.rounds and self.budget.left < self.cost.seconds(self.rounds, self.shape):
             raise self._too_small()
+        return self.rounds > 0
 
     def observe(self, images: int, seconds: float) -> None:
         """Takes a batch that is done: how many images, and how long they took."""

@@ -1,7 +1,7 @@
 """A picture of the whole set at a glance: one generated image of every class, with its name."""
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +13,8 @@ CELL, CAPTION, GAP = 96, 14, 4
 MOST_CLASSES = 400
 
 
-def write_contact_sheet(path: Path, images: NDArray[np.uint8], names: Sequence[str]) -> None:
-    """Writes a PNG of `images` [classes, 3, H, W], about square, in class order."""
+def draw_contact_sheet(images: NDArray[np.uint8], names: Sequence[str]) -> bytes:
+    """A PNG of `images` [classes, 3, H, W], about square, in class order."""
     count = min(len(images), MOST_CLASSES)
     columns = round(count**0.5)
     rows = -(-count // columns)
@@ -31,4 +31,6 @@ def write_contact_sheet(path: Path, images: NDArray[np.uint8], names: Sequence[s
         while draw.textlength(caption, font=font) > CELL:
             caption = caption[:-1]
         draw.text((x, y + CELL), caption, fill="black", font=font)
-    sheet.save(path, format="PNG")
+    png = io.BytesIO()
+    sheet.save(png, format="PNG")
+    return png.getvalue()

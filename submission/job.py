@@ -12,11 +12,11 @@ from submission import checkpoint as checkpoints
 from submission.augment import PdaStyle
 from submission.budget import BatchSize, Budget, FinishCost, Scheduler, Shape
 from submission.checkpoint import Checkpoint
-from submission.contact_sheet import write_contact_sheet
+from submission.contact_sheet import draw_contact_sheet
 from submission.dataset_file import Recipe, write_dataset
 from submission.errors import BudgetError, UsageError
 from submission.generator import Generator, load_generator
-from submission.manifest import Digests, machine, write_json
+from submission.manifest import Digests, machine, write_json, write_whole
 from submission.progress import Log, Status
 from submission.rounds import Spool
 from submission.tasks import PromptStyle, Task
@@ -94,7 +94,8 @@ def run(config: JobConfig, budget: Budget, log: Log, stop: threading.Event) -> N
             with log.phase("write and verify"):
                 write_dataset(config.dataset, spool.read(), config.recipe(rounds))
         with log.phase("sheet and manifest"):
-            write_contact_sheet(config.dataset.with_suffix(".png"), spool.read()[0], [c.name for c in task.classes])
+            sheet = draw_contact_sheet(spool.read()[0], [c.name for c in task.classes])
+            write_whole(config.dataset.with_suffix(".png"), sheet)
             manifest = describe(config, generator, checkpoint, digests, scheduler, rounds, production, log)
             write_json(config.dataset.with_suffix(".json"), manifest)
     log.say(
@@ -122,8 +123,8 @@ def generate(
 ) -> Production:
     """Adds rounds to the spool until the scheduler, asked again before every batch, says that it is time to write.
 
-    The first round is written out at once: from then on a complete file is in place, and its cost is known.
-    Raises BudgetError where not even one round fits.
+    A file is written after the first round and, as they multiply, at times that cost little: from early on a complete
+    one is in place, and what the last one will cost is known. Raises BudgetError where not even one round fits.
     """
     classes, budget = scheduler.shape.classes, scheduler.budget
     pending = np.empty((0, *spool.shape[1:]), np.uint8)
@@ -146,14 +147,12 @@ def generate(
                 spool.append(pending[:classes])
                 pending = pending[classes:]
         scheduler.observe(len(images), budget.elapsed - began)
-        if spool.count and not production.written:
-            scheduler.check_first_file()
-            with log.phase("write first file"):
-                began = budget.elapsed
+        if scheduler.file_due(production.written):
+            began = budget.elapsed
+            with log.phase("write snapshots"):
                 write_dataset(config.dataset, spool.read(), config.recipe(spool.count))
-            images_written = classes * scheduler.shape.ipc(spool.count)
-            scheduler.cost = FinishCost(0.0, (budget.elapsed - began) / images_written)
             production.written = spool.count
+            scheduler.cost = FinishCost(0.0, (budget.elapsed - began) / (classes * scheduler.shape.ipc(spool.count)))
         announce(scheduler, production, log)
     if spool.count == 0:
         raise BudgetError("stopped before the first round was done: there is nothing to write")

@@ -49,10 +49,15 @@ def machine(device: torch.device) -> dict[str, object]:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Writes `content` to `path` whole or not at all. Raises OutputError."""
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
     """Writes `path` whole or not at all. Raises OutputError."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        unfinished.write_text(json.dumps(content, indent=1) + "\n")
+        unfinished.write_bytes(content)
         unfinished.replace(path)
     except OSError as error:
         raise OutputError(f"cannot write {path} ({error.strerror})") from error

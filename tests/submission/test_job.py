@@ -59,7 +59,7 @@ def test_a_job_leaves_file_manifest_and_sheet(run: Run, tmp_path: Path, capsys: 
     assert (manifest["ipc"], manifest["rounds"], manifest["seed"], manifest["warnings"]) == (12, 12, 5, [])
     assert manifest["checkpoint"]["source"].startswith("--model ") and len(manifest["checkpoint"]["sha256"]) == 4
     assert 0 < manifest["elapsed_seconds"] < 60 and manifest["peak_memory_bytes"] > 1e8
-    assert {"generate", "write first file", "write and verify", "encode prompts"} <= set(manifest["phases_seconds"])
+    assert {"generate", "write snapshots", "write and verify", "encode prompts"} <= set(manifest["phases_seconds"])
     assert [plan["rounds"] for plan in manifest["plans"]][-1] == 12
     with Image.open(tmp_path / "out/tiny.png") as sheet:
         assert sheet.width > 150
