@@ -222,7 +222,7 @@ class Scheduler:
     def next_batch(self) -> int:
         """How many images to generate next, 0 where it is time to write. Raises BudgetError if no round can be done."""
         full = min(self.batch.current, self.shape.cap * self.shape.classes - self.images)
-        if self.batches < BATCHES_BEFORE_GIVING_UP:
+        if self.rounds == 0 and self.batches < BATCHES_BEFORE_GIVING_UP:
             return full
         missing = self.shape.classes - self.images % self.shape.classes
         hopeful = self.fastest * missing + self.cost.seconds(self.rounds + 1, self.shape)

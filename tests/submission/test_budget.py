@@ -174,6 +174,16 @@ def test_no_simulated_job_is_late_and_none_stops_early(
     assert unused <= reserve + 2 * round_seconds, "time enough for another round was left"
 
 
+def test_a_batch_of_many_rounds_is_not_repeated_when_time_is_short() -> None:
+    clock = FakeClock(5.0)
+    scheduler = Scheduler(Budget(20, 0.0, clock), Shape(10, 0, 10**6), FinishCost(0.1, 1e-4), BatchSize(fixed=100))
+    clock.now += 10
+    scheduler.observe(scheduler.next_batch(), 10.0)
+    assert scheduler.rounds == 10 and scheduler.file_due(0)
+    size = scheduler.next_batch()
+    assert size <= 10, "at most the one round that still fits"
+
+
 def test_the_cap_ends_a_job_early() -> None:
     shape = Shape(10, 4, 7)
     outcome = simulate(600, 5, 0.01, 0.1, shape, FinishCost(0.1, 0.0001), 0)
