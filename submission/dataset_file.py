@@ -25,6 +25,8 @@ from submission.tasks import Task
 
 # Pixels held as floats at a time while writing or verifying: 12 MB, whatever the size of the file.
 PIXELS_A_CHUNK = 1 << 20
+# Chunks made at the same time at most: each takes some 50 MB on the way, and one disk takes no more.
+MOST_WORKERS = 8
 # Slack for float16's rounding of normalised pixels, which are below 4.
 ROUNDING = 0.01
 # A whole file with less standard deviation in a channel, or a mean closer to black or white, holds no photographs.
@@ -53,7 +55,7 @@ def write_dataset(path: Path, rounds: NDArray[np.uint8], recipe: Recipe) -> None
     shape = (len(task.classes) * recipe.ipc, 3, task.size, task.size)
     # Chunks are made side by side, each on one thread: operations on so few pixels are not worth sharing out, and
     # where other processes compete for the cores, waiting for a share costs a hundred times the work itself.
-    workers = torch.get_num_threads()
+    workers = min(MOST_WORKERS, torch.get_num_threads())
     try:
         skeleton = _skeleton(unfinished, shape, recipe.dtype)
         with (

@@ -1,0 +1,48 @@
+"""What the generator does with a decoder that overflows, as SDXL's does in half precision."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from submission.budget import start_budget
+from submission.checkpoint import inspect
+from submission.errors import CheckpointError
+from submission.generator import Generator, load_generator
+from submission.progress import Log
+from submission.tasks import load_task
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log("plain", start_budget(60))
+
+
+@pytest.fixture
+def generator(checkpoint_folder: Path, task_file: Path, log: Log) -> Generator:
+    task, checkpoint = load_task(str(task_file)), inspect(checkpoint_folder, "test")
+    return load_generator(task, checkpoint, torch.device("cpu"), log, style="described", seed=0, resolution=None)
+
+
+def test_an_overflowing_decoder_is_replaced_by_a_more_precise_one_and_said(generator: Generator, log: Log) -> None:
+    """Activations beyond fp16's 65,504, which the next normalisation would have brought back."""
+    generator.vae.decoder.conv_in.weight.data *= 3e4
+    expected = generator.images(0, 6, log)
+    assert log.warnings == []
+    generator.vae.half()
+    images = generator.images(0, 6, log)
+    assert "broken images" in log.warnings[0] and generator.vae.dtype == torch.float32
+    assert (images.int() - expected.int()).abs().float().mean() < 2, "fp16 has rounded the weights, no more"
+
+
+def test_images_broken_in_full_precision_are_an_error(generator: Generator, log: Log) -> None:
+    generator.vae.decoder.conv_out.weight.data.fill_(torch.nan)
+    with pytest.raises(CheckpointError, match="broken images at 16 px"):
+        generator.images(0, 3, log)
+
+
+def test_any_range_of_images_is_a_part_of_the_whole(generator: Generator, log: Log) -> None:
+    whole = generator.images(0, 12, log)
+    for start, stop in [(0, 1), (2, 5), (5, 12)]:
+        part = generator.images(start, stop, log)
+        assert (part.int() - whole[start:stop].int()).abs().max() <= 1
