@@ -40,9 +40,9 @@ def run(checkpoint_folder: Path, task_file: Path, tmp_path: Path) -> Run:
     def run(*options: str, output: str = "out") -> Tensor:
         arguments = [str(task_file), "--model", str(checkpoint_folder), "--output", str(tmp_path / output), *options]
         assert cli.main(arguments) == 0
-        images = torch.load(tmp_path / output / "tiny.pt", weights_only=True).float()
+        images: Tensor = torch.load(tmp_path / output / "tiny.pt", weights_only=True).float()
         images = images * torch.tensor(task.std).view(3, 1, 1) + torch.tensor(task.mean).view(3, 1, 1)
-        return images.unflatten(0, (len(task.classes), -1))
+        return images.reshape(len(task.classes), -1, *images.shape[1:])
 
     return run
 
