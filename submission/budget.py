@@ -19,7 +19,8 @@ CLOSING_SECONDS = 2.0
 # seen to take 1.7 times as long an image.
 FINISH_CAUTION = 2.0
 # A larger file replaces the one in place when the rounds have grown by this factor since, and writing it is expected
-# to take at most this share of the time left. All of them together then cost less than 3% of the budget.
+# to take at most this share of the time left. After the first, all of
+# them together then cost less than 3% of the budget.
 SNAPSHOT_GROWTH, SNAPSHOT_SHARE = 4, 0.02
 # The pace is the mean of recent batches; the bound adds this many standard deviations of a batch.
 PACE_DEVIATIONS = 2.0

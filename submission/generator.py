@@ -77,6 +77,8 @@ def load_generator(
     prompts = list(dict.fromkeys(chain.from_iterable(phrasings)))
     place = {prompt: index for index, prompt in enumerate(prompts)}
     with log.phase("encode prompts"):
+        if cut := pipeline.too_long(checkpoint, prompts):
+            log.warn(f"{len(cut)} of {len(prompts)} prompts are longer than the model reads and are cut: {cut[0]!r}")
         conditioning = pipeline.encode_prompts(checkpoint, prompts, device, dtype)
     with log.phase("load UNet and VAE"):
         sampler = pipeline.load_sampler(checkpoint, resolution, device, dtype)

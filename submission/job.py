@@ -23,7 +23,7 @@ from submission.tasks import PromptStyle, Task
 
 PROJECT = Path(__file__).resolve().parents[1]
 
-# Until a file has been written, its cost is taken to be this, in seconds a file and a colour value: several times what
+# Until a file has been written, its cost is taken to be this, in seconds a file and a colour value: about twice what
 # was measured on two CPU cores, so that a first round is not begun in vain.
 GUESSED_FIXED, GUESSED_VALUE = 0.3, 5e-8
 # Seconds the manifest may wait for the checkpoint's hashes, which were begun at the start.

@@ -91,6 +91,15 @@ def encode_prompts(
     return Conditioning(torch.cat(hidden, dim=-1).to(dtype), pooled.to(dtype))
 
 
+def too_long(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[str]:
+    """The prompts of more tokens than the text encoders read, which would be cut. Raises CheckpointError."""
+    from transformers import CLIPTokenizer  # noqa: PLC0415  # slow to import
+
+    tokenizer = _load_part(CLIPTokenizer, checkpoint.path, "tokenizer")
+    lengths = map(len, tokenizer(list(prompts), verbose=False).input_ids)
+    return [p for p, length in zip(prompts, lengths, strict=True) if length > tokenizer.model_max_length]
+
+
 def load_sampler(checkpoint: Checkpoint, resolution: int, device: torch.device, dtype: torch.dtype) -> Sampler:
     """Loads the UNet and works out its single step for canvases of `resolution` pixels. Raises CheckpointError."""
     from diffusers import EulerAncestralDiscreteScheduler, UNet2DConditionModel  # noqa: PLC0415  # slow to import

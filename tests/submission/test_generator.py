@@ -41,6 +41,13 @@ def test_images_broken_in_full_precision_are_an_error(generator: Generator, log:
         generator.images(0, 3, log)
 
 
+def test_a_prompt_longer_than_the_model_reads_is_said(checkpoint_folder: Path, task_file: Path, log: Log) -> None:
+    task_file.write_text(task_file.read_text().replace("a photo of a plum", "a photo of a plum, dark blue, on a plate"))
+    task, checkpoint = load_task(str(task_file)), inspect(checkpoint_folder, "test")
+    load_generator(task, checkpoint, torch.device("cpu"), log, style="described", seed=0, resolution=None)
+    assert len(log.warnings) == 1 and "1 of 3 prompts" in log.warnings[0] and "on a plate" in log.warnings[0]
+
+
 def test_any_range_of_images_is_a_part_of_the_whole(generator: Generator, log: Log) -> None:
     whole = generator.images(0, 12, log)
     for start, stop in [(0, 1), (2, 5), (5, 12)]:
