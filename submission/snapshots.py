@@ -1,0 +1,92 @@
+"""Snapshots: whole files written beside generation, on a thread that yields to it."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from submission.dataset_file import AbandonedError, Recipe, write_dataset
+from submission.estimates import Extent
+from submission.rounds import Rounds
+
+# How far the writing thread stands back: at 5 it gets a quarter of a core that generation wants, too.
+NICENESS = 5
+# Seconds that giving up a snapshot may take, where the disk does not answer.
+ABANDON_PATIENCE = 1.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A file put in place: `seconds` it would have taken with a core to itself, `spent` of a core's time."""
+
+    extent: Extent
+    seconds: float
+    spent: float
+
+
+class SnapshotWriter:
+    """Writes one file at a time on a thread of its own."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._done: Snapshot | None = None
+        self._error: Exception | None = None
+        self._abandoned = False
+
+    @property
+    def busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self, path: Path, rounds: Rounds, recipe: Recipe, extent: Extent, then: Callable[[Extent], None]) -> None:
+        """Begins to write; `then` is called on the same thread once the file is in place."""
+
+        def check(_: float) -> None:
+            if self._abandoned:
+                raise AbandonedError
+
+        def work() -> None:
+            if sys.platform == "linux":
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+            torch.set_num_threads(1)  # of this thread alone
+            began, busy, waited = time.perf_counter(), time.thread_time(), _waited_for_a_core()
+            try:
+                write_dataset(path, rounds, recipe, check, alone=False)
+                took = time.perf_counter() - began - (_waited_for_a_core() - waited)
+                self._done = Snapshot(extent, took, time.thread_time() - busy)
+                then(extent)
+            except AbandonedError:
+                pass
+            except Exception as error:  # noqa: BLE001  raised again where the snapshot is collected
+                self._error = error
+
+        self._done = None
+        self._thread = threading.Thread(target=work, name="snapshot", daemon=True)
+        self._thread.start()
+
+    def collect(self) -> Snapshot | None:
+        """The snapshot that was finished since this was last asked, if any. Raises what stopped it: OutputError."""
+        if self.busy:
+            return None
+        if self._error:
+            raise self._error
+        done, self._done = self._done, None
+        return done
+
+    def abandon(self) -> None:
+        """Gives up a snapshot in the making. None can be put in place afterwards."""
+        self._abandoned = True
+        if self._thread:
+            self._thread.join(ABANDON_PATIENCE)
+
+
+def _waited_for_a_core() -> float:
+    """Seconds this thread has been ready to run while others had the cores; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
