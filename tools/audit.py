@@ -8,7 +8,6 @@ images, a wrong shape. A wrong order of classes does not show; `./run.sh evaluat
 
 import argparse
 import hashlib
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,9 +17,10 @@ import torch
 
 from submission.contact_sheet import draw_contact_sheet
 from submission.dataset_file import mean_and_std
-from submission.errors import BankoError, InputFileError
+from submission.errors import InputFileError
 from submission.manifest import write_json, write_whole
 from submission.tasks import Task, builtin_names, load_task
+from tools.command import exit_code_of
 from tools.tensor_files import LabelledImages, read_submission
 
 # Images looked at together: 12 MB of float32 at 32 px.
@@ -68,16 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = build_parser().parse_args(arguments)
-    try:
-        task = load_task(options.task or options.file.stem)
-        findings = _report(task, options)
-    except BankoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return InputFileError.exit_code if any(finding.fatal for finding in findings) else 0
+    return exit_code_of(lambda: _report(options))
 
 
 def audit(path: Path, task: Task) -> list[Finding]:
@@ -92,8 +83,9 @@ def inspect(data: LabelledImages, task: Task) -> list[Finding]:
     return sorted(found, key=lambda finding: not finding.fatal)
 
 
-def _report(task: Task, options: argparse.Namespace) -> list[Finding]:
-    """Print and write what was found. Raises InputFileError, OutputError."""
+def _report(options: argparse.Namespace) -> int:
+    """Print and write what was found; returns the exit code. Raises UsageError, InputFileError, OutputError."""
+    task = load_task(options.task or options.file.stem)
     facts: dict[str, object] = {"file": str(options.file), "task": task.name}
     try:
         data = read_submission(options.file, task)
@@ -114,7 +106,7 @@ def _report(task: Task, options: argparse.Namespace) -> list[Finding]:
     if options.json:
         facts |= {"ipc": ipc, "dtype": dtype, "good": good, "findings": [asdict(one) for one in findings]}
         write_json(options.json, facts)
-    return findings
+    return 0 if good else InputFileError.exit_code
 
 
 def _survey(images: torch.Tensor) -> Survey:

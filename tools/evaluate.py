@@ -8,7 +8,6 @@ Beside it, it leaves `results.json` and the learning curves, and it says if the 
 
 import argparse
 import math
-import signal
 import sys
 import tempfile
 import time
@@ -19,10 +18,11 @@ from pathlib import Path
 import torch
 
 from submission.cli import number_from
-from submission.errors import BankoError, InputFileError, OutputError, UsageError
+from submission.errors import InputFileError, OutputError, UsageError
 from submission.manifest import write_json, write_whole
 from submission.tasks import Task, builtin_names, load_task
 from tools.audit import inspect
+from tools.command import exit_code_of
 from tools.convnet import ConvNet
 from tools.fast import Arithmetic, make_forward, probe
 from tools.reference_data import find_reference_data
@@ -100,17 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = build_parser().parse_args(arguments)
-    try:
-        evaluate(options)
-    except BankoError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    return exit_code_of(lambda: evaluate(options), debug=options.debug)
 
 
 def evaluate(options: argparse.Namespace) -> None:

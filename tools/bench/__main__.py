@@ -6,13 +6,13 @@
 import argparse
 import importlib
 import pkgutil
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
-from submission.errors import BankoError
 from submission.manifest import write_json
+from tools.command import exit_code_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,19 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
         module.add_arguments(command)
     options = parser.parse_args(arguments)
-    module = modules[options.name]
-    try:
-        figures = module.measure(options)
-        if options.json:
-            write_json(options.json, figures)
-    except BankoError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
+    return exit_code_of(lambda: _run(modules[options.name], options))
+
+
+def _run(module: ModuleType, options: argparse.Namespace) -> None:
+    figures = module.measure(options)
+    if options.json:
+        write_json(options.json, figures)
     print(module.table(figures))
-    return 0
 
 
 if __name__ == "__main__":
