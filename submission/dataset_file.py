@@ -117,7 +117,7 @@ def verify(path: Path, recipe: Recipe, check: Callable[[float], None] = lambda _
     """
     task = recipe.task
     shape = (len(task.classes) * recipe.ipc, 3, task.size, task.size)
-    mean, std = _statistics(task)
+    mean, std = mean_and_std(task)
     low, high = (0 - mean) / std - ROUNDING, (1 - mean) / std + ROUNDING
     sums, squares = torch.zeros(3, dtype=torch.double), torch.zeros(3, dtype=torch.double)
     done = 0
@@ -146,6 +146,11 @@ def verify(path: Path, recipe: Recipe, check: Callable[[float], None] = lambda _
         )
 
 
+def mean_and_std(task: Task) -> tuple[Tensor, Tensor]:
+    """Of the task's pixels in 0..1, float32 [3, 1, 1] each: `(pixels - mean) / std` are the numbers in a file."""
+    return torch.tensor(task.mean).view(3, 1, 1), torch.tensor(task.std).view(3, 1, 1)
+
+
 def _chunks(rounds: NDArray[np.uint8] | Rounds, recipe: Recipe) -> Iterator[Callable[[], Tensor]]:
     """The file's images in order, as functions that make one chunk each, normalised [n, 3, H, W]."""
     total, step = len(recipe.task.classes) * recipe.ipc, _chunk_size(recipe.task)
@@ -154,7 +159,7 @@ def _chunks(rounds: NDArray[np.uint8] | Rounds, recipe: Recipe) -> Iterator[Call
 
 
 def _chunk(rounds: NDArray[np.uint8] | Rounds, recipe: Recipe, positions: NDArray[np.int64]) -> Tensor:
-    mean, std = _statistics(recipe.task)
+    mean, std = mean_and_std(recipe.task)
     labels, places = np.divmod(positions, recipe.ipc)
     copies, sources = np.divmod(places, len(rounds))
     images = torch.from_numpy(rounds[sources, labels])
@@ -178,10 +183,6 @@ def _in_order(pool: Executor, ahead: int, jobs: Iterable[Callable[[], Tensor]]) 
 
 def _chunk_size(task: Task) -> int:
     return max(1, PIXELS_A_CHUNK // task.size**2)
-
-
-def _statistics(task: Task) -> tuple[Tensor, Tensor]:
-    return torch.tensor(task.mean).view(3, 1, 1), torch.tensor(task.std).view(3, 1, 1)
 
 
 def _skeleton(scratch: Path, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, bytes | None]:
