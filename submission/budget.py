@@ -29,10 +29,13 @@ GRACE_SECONDS = 6.5
 SMALL_STEP, SMALL_STEP_SHARE = 1.25, 0.004
 LARGE_STEP, LARGE_STEP_SHARE = 2.5, 0.008
 LAST_STEP, LAST_STEP_SHARE, LAST_STEP_AT = 1.05, 0.022, 0.08
+# Where that does not pay for all there is, a part will do that is so much better than the one in place.
+LAST_PART = 1.5
 # What a snapshot gets of a core that generation wants, too.
 SNAPSHOT_CORE = 0.25
-# A last file too slow by now is given up for a smaller one. Its first moments say nothing.
-WATCH_SECONDS = 0.3
+# While the last file is written, what was expected of it counts as if so much of it were seen: its first moments say
+# little. It is given up only for one so much better than the one in place.
+WATCH_TRUST, WATCH_GAIN = 0.15, 1.1
 # Batches measured before a budget is called too small: the first ones are slow.
 BATCHES_BEFORE_GIVING_UP = 3
 # A batch that takes this many times as long as expected, and this many seconds longer, is an outage and no pace.
@@ -225,10 +228,13 @@ class Scheduler:
         extent = self.shape.extent(self.rounds)
         if not self.rounds or self.in_place is None:
             return extent if self.rounds else None
-        growth, cost = extent.rounds / self.in_place.rounds, self.cost.bound(extent)
-        takes = cost / SNAPSHOT_CORE
-        if self.left - takes < LAST_STEP_AT * self.budget.seconds and growth >= LAST_STEP:
+        growth = extent.rounds / self.in_place.rounds
+        if self._takes(extent) + LAST_STEP_AT * self.budget.seconds > self.left and growth >= LAST_STEP:
             fund = LAST_STEP_SHARE * self.budget.seconds
+            if self.spent + self.cost.bound(extent) > fund:
+                extent = self._part(self._fitting(fund - self.spent))
+                if extent.ipc < LAST_PART * self.in_place.ipc:
+                    return None
         elif growth >= LARGE_STEP:
             fund = LARGE_STEP_SHARE * self.budget.seconds
         elif growth >= SMALL_STEP:
@@ -236,7 +242,8 @@ class Scheduler:
         else:
             return None
         # One that could not be finished in time would be abandoned for the last file.
-        return extent if self.spent + cost <= fund and takes <= self.left - self.finish(extent) else None
+        in_time = self._takes(extent) <= self.left - self.finish(self.shape.extent(self.rounds))
+        return extent if in_time and self.spent + self.cost.bound(extent) <= fund else None
 
     def wrote(self, extent: Extent, seconds: float, spent: float) -> None:
         """Takes a snapshot that is in place: what it would have taken alone, and what it took from generation."""
@@ -250,21 +257,26 @@ class Scheduler:
         time = self.left - (self.closing + self.last) / 2
         extent = self.shape.extent(self.rounds)
         if self.cost.mean(extent) > time:
-            fitting = bisect_right(range(1, extent.ipc), time, key=lambda ipc: self.cost.bound(self._part(ipc)))
-            extent = self._part(max(1, fitting))
+            extent = self._part(max(1, self._fitting(time)))
         if self.in_place and (extent.ipc, extent.rounds) <= (self.in_place.ipc, self.in_place.rounds):
             return None
         return extent
 
     def too_slow(self, extent: Extent, began: float, fraction: float) -> bool:
-        """Whether the last file, begun at `began` seconds and done to `fraction` (above 0), will not be done in time.
+        """Whether to give up the last file, begun at `began` seconds and done to `fraction`: it will not be done in
+        time, and a smaller one, yet better than the one in place, will.
 
         What files cost now is then taken from it, so that `last_file` can be asked again.
         """
-        spent, time = self.budget.elapsed - began, self.left - self.last
-        if time > 0 and (spent < WATCH_SECONDS or spent * (1 / fraction - 1) <= time):
+        spent, time, expected = self.budget.elapsed - began, self.left - self.last, self.cost.mean(extent)
+        takes = (spent + WATCH_TRUST * expected) / (fraction + WATCH_TRUST)
+        if time > 0 and takes * (1 - fraction) <= time:
             return False
-        self.cost.rescale(max(1.0, spent / fraction / self.cost.mean(extent)))
+        slower = max(1.0, takes / expected)
+        in_place = self.in_place.ipc if self.in_place else 0
+        if time > 0 and self._fitting(time / slower) <= WATCH_GAIN * in_place:
+            return False
+        self.cost.rescale(slower)
         return True
 
     def overdue(self) -> bool:
@@ -296,6 +308,15 @@ class Scheduler:
             f"{needed:.0f} s here ({start:.1f} to start, {generate:.1f} to generate, {finish:.1f} to write); "
             f"try --budget {math.ceil(1.2 * needed)}s"
         )
+
+    def _takes(self, extent: Extent) -> float:
+        """Cautious seconds for a snapshot."""
+        return self.cost.bound(extent) / SNAPSHOT_CORE
+
+    def _fitting(self, time: float) -> int:
+        """The most images a class that can cautiously be written in so many seconds."""
+        most = range(1, self.shape.ipc(self.rounds) + 1)
+        return bisect_right(most, time, key=lambda ipc: self.cost.bound(self._part(ipc)))
 
     def _part(self, ipc: int) -> Extent:
         """The file of so many images a class, of all rounds there are."""

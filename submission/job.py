@@ -118,8 +118,8 @@ def run(config: JobConfig, budget: Budget, log: Log, guard: Guard) -> None:
         if guard.stop.is_set():
             scheduler.hurry()
         generate(work, guard)
-        with guard.finishing:  # never acquired where the guard has: it ends the process
-            finish(work, stopped=guard.stop.is_set())
+        guard.finishing.acquire()  # for good; in vain where the guard has it, which ends the process
+        finish(work, stopped=guard.stop.is_set())
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -349,7 +349,7 @@ def write_last(work: Work, extent: Extent) -> None:
         write_dataset(work.config.dataset, rounds, work.config.recipe(extent), check)
         scheduler.in_place = extent
     except AbandonedError:
-        work.log.warn(f"writing IPC {extent.ipc} would have ended after the deadline: given up")
+        work.log.warn(f"writing IPC {extent.ipc} would end after the deadline: given up for a smaller file")
 
 
 def make_folder(work: Work) -> None:
