@@ -28,7 +28,7 @@ GRACE_SECONDS = 6.5
 # for the last file. They may take 3% in all; the rest is for what their estimates lack.
 SMALL_STEP, SMALL_STEP_SHARE = 1.25, 0.004
 LARGE_STEP, LARGE_STEP_SHARE = 2.5, 0.008
-LAST_STEP, LAST_STEP_SHARE, LAST_STEP_AT = 1.05, 0.022, 0.08
+LAST_STEP, LAST_STEP_SHARE, LAST_STEP_AT = 1.05, 0.018, 0.08
 # Where that does not pay for all there is, a part will do that is so much better than the one in place.
 LAST_PART = 1.5
 # What a snapshot gets of a core that generation wants, too.
@@ -190,6 +190,8 @@ class Scheduler:
         full = min(self.batch.current, self.shape.cap * self.shape.classes - self.images)
         if self.rounds == 0 and self.batches < BATCHES_BEFORE_GIVING_UP:
             return full
+        if not self.batches:  # resumed: there is no pace yet
+            return full if self.finish(self.shape.extent(self.rounds)) <= self.left else 0
         missing = self.shape.classes - self.images % self.shape.classes
         hopeful = self.fastest * missing + self.finish(self.shape.extent(self.rounds + 1))
         for size in (full, min(full, missing)):
@@ -254,10 +256,9 @@ class Scheduler:
     def last_file(self) -> Extent | None:
         """What to write last: all there is if it is expected to fit, else what surely does; None where the file in
         place is no worse. With none in place, it is tried whatever the time."""
-        time = self.left - (self.closing + self.last) / 2
         extent = self.shape.extent(self.rounds)
-        if self.cost.mean(extent) > time:
-            extent = self._part(max(1, self._fitting(time)))
+        if self.cost.mean(extent) > self._for_writing:
+            extent = self._part(max(1, self._fitting(self._for_writing)))
         if self.in_place and (extent.ipc, extent.rounds) <= (self.in_place.ipc, self.in_place.rounds):
             return None
         return extent
@@ -274,14 +275,19 @@ class Scheduler:
             return False
         slower = max(1.0, takes / expected)
         in_place = self.in_place.ipc if self.in_place else 0
-        if time > 0 and self._fitting(time / slower) <= WATCH_GAIN * in_place:
+        if time > 0 and self._fitting(self._for_writing / slower) <= WATCH_GAIN * in_place:
             return False
         self.cost.rescale(slower)
         return True
 
     def overdue(self) -> bool:
         """Whether the last file, of the rounds there are, should have been begun by now."""
-        return self.rounds > 0 and self.left < self.cost.mean(self.shape.extent(self.rounds)) + self.closing
+        return self.rounds > 0 and self.left < self.least_reserve()
+
+    def least_reserve(self) -> float:
+        """Seconds that should be left when the last file is begun, at the very least."""
+        extent = self.shape.extent(self.rounds)
+        return (self.cost.mean(extent) + self.cost.bound(extent)) / 2 + self.closing
 
     def late(self) -> bool:
         """Whether the process has to go now."""
@@ -308,6 +314,11 @@ class Scheduler:
             f"{needed:.0f} s here ({start:.1f} to start, {generate:.1f} to generate, {finish:.1f} to write); "
             f"try --budget {math.ceil(1.2 * needed)}s"
         )
+
+    @property
+    def _for_writing(self) -> float:
+        """Seconds that the last file may be planned to take: not quite to the last."""
+        return self.left - (self.closing + self.last) / 2
 
     def _takes(self, extent: Extent) -> float:
         """Cautious seconds for a snapshot."""

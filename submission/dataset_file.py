@@ -4,6 +4,7 @@ The file is what `torch.save` would write for one float tensor [classes * IPC, 3
 with `weights_only=True` and can map it. It is streamed, so that memory does not grow with it.
 """
 
+import errno
 import os
 import threading
 import zipfile
@@ -78,7 +79,6 @@ def write_dataset(
     # where other processes compete for the cores, waiting for a share costs a hundred times the work itself.
     workers = min(MOST_WORKERS, torch.get_num_threads())
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         skeleton = _skeleton(scratch, shape, recipe.dtype)
         with (
             ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
@@ -190,8 +190,11 @@ def _skeleton(scratch: Path, shape: tuple[int, ...], dtype: torch.dtype) -> dict
 
     torch writes them itself; `skip_data` leaves a hole for the tensor, which is allocated but never touched.
     """
-    with skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), scratch)
+    try:
+        with skip_data():
+            torch.save(torch.empty(shape, dtype=dtype), scratch)
+    except RuntimeError as error:  # torch's own for whatever the file system says
+        raise OSError(errno.EFBIG, "no file of this size can be made there") from error
     with zipfile.ZipFile(scratch) as archive:
         data = _data_record(archive)
         return {name: None if name == data else archive.read(name) for name in archive.namelist()}

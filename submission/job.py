@@ -282,7 +282,7 @@ def _out_of_memory(error: Exception) -> bool:
 def start_snapshot(work: Work, extent: Extent) -> None:
     """Begins to write a file beside generation; sheet and manifest follow it."""
     config = work.config
-    make_folder(work)
+    check_folder(work)
 
     def complete(extent: Extent) -> None:
         work.scheduler.in_place = extent
@@ -295,7 +295,14 @@ def start_snapshot(work: Work, extent: Extent) -> None:
 
 def collect_snapshot(work: Work) -> None:
     """Tells the scheduler of a snapshot that was finished meanwhile. Raises OutputError where it failed."""
-    if (done := work.writer.collect()) is not None:
+    try:
+        done = work.writer.collect()
+    except OutputError:
+        if work.config.output.is_dir():
+            raise
+        check_folder(work)
+        return
+    if done is not None:
         work.scheduler.wrote(done.extent, done.seconds, done.spent)
         work.log.timings["write snapshots"] = work.scheduler.spent
 
@@ -310,7 +317,7 @@ def finish(work: Work, *, stopped: bool) -> None:
     config, scheduler, spool, log = work.config, work.scheduler, work.spool, work.log
     work.writer.abandon()
     collect_snapshot(work)
-    make_folder(work)
+    check_folder(work)
     with log.phase("write and verify"):
         while (extent := scheduler.last_file()) is not None and not scheduler.late():
             write_last(work, extent)
@@ -352,15 +359,19 @@ def write_last(work: Work, extent: Extent) -> None:
         work.log.warn(f"writing IPC {extent.ipc} would end after the deadline: given up for a smaller file")
 
 
-def make_folder(work: Work) -> None:
-    """Makes the output folder again where someone has removed it: the rounds survive in the open spool."""
+def check_folder(work: Work) -> None:
+    """Sees whether the file in place is still there. The output folder is made again where someone has removed it: the
+    rounds survive in the open spool. Raises OutputError."""
     folder = work.config.output
-    if not folder.is_dir():
-        work.log.warn(f"{folder} was removed while the job ran: made anew")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot make {folder} again ({error.strerror})") from error
+    if work.scheduler.in_place is None or work.config.dataset.exists():
+        return
+    work.log.warn(f"{work.config.dataset} was removed while the job ran: made anew")
+    work.scheduler.in_place = None
+    work.sheet_drawn = False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {folder} again ({error.strerror})") from error
 
 
 def draw_sheet(work: Work) -> None:

@@ -72,9 +72,10 @@ class SnapshotWriter:
         """The snapshot that was finished since this was last asked, if any. Raises what stopped it: OutputError."""
         if self.busy:
             return None
-        if self._error:
-            raise self._error
         done, self._done = self._done, None
+        error, self._error = self._error, None
+        if error:
+            raise error
         return done
 
     def abandon(self) -> None:

@@ -174,8 +174,9 @@ def run_ours(trace: Trace) -> Outcome:
                 ends += slowed
                 remaining -= slowed
             # The guard does not wait for a batch that does not come back.
-            clock.now = _overdue_at(scheduler)
-            if ends > clock.now and scheduler.rounds:
+            overdue = max(began, trace.seconds - scheduler.least_reserve())
+            if scheduler.rounds and ends > overdue:
+                clock.now = overdue
                 break
             if ends > trace.seconds - scheduler.last:
                 return Outcome(0, trace.seconds - scheduler.last)
@@ -324,16 +325,6 @@ class _Clock:
 
     def __call__(self) -> float:
         return self.now
-
-
-def _overdue_at(scheduler: Scheduler) -> float:
-    """When the guard would take over."""
-    return (
-        scheduler.budget.elapsed
-        + scheduler.left
-        - scheduler.cost.mean(scheduler.shape.extent(scheduler.rounds))
-        - (scheduler.closing)
-    )
 
 
 def _ipc(scheduler: Scheduler) -> int:
