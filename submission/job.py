@@ -451,6 +451,7 @@ def write_manifest(work: Work, extent: Extent, patience: float) -> None:
         "resumed_rounds": work.resumed // scheduler.shape.classes,
         "snapshots_seconds": round(scheduler.spent, 3),
         "batch_size": scheduler.batch.current,
+        "images_regenerated": generator.regenerated,
         "plans": list(work.plans),
         "resolution": generator.resolution,
         "unet_dtype": str(generator.sampler.dtype),
