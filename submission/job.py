@@ -356,7 +356,7 @@ def write_last(work: Work, extent: Extent) -> None:
         write_dataset(work.config.dataset, rounds, work.config.recipe(extent), check)
         scheduler.in_place = extent
     except AbandonedError:
-        work.log.warn(f"writing IPC {extent.ipc} would end after the deadline: given up for a smaller file")
+        work.log.warn(f"writing IPC {extent.ipc} would end after the deadline: given up")
 
 
 def check_folder(work: Work) -> None:
