@@ -117,9 +117,12 @@ def run(config: JobConfig, budget: Budget, log: Log, guard: Guard) -> None:
         guard.duties = duties(work, guard)
         if guard.stop.is_set():
             scheduler.hurry()
-        generate(work, guard)
-        guard.finishing.acquire()  # for good; in vain where the guard has it, which ends the process
-        finish(work, stopped=guard.stop.is_set())
+        try:
+            generate(work, guard)
+            guard.finishing.acquire()  # for good; in vain where the guard has it, which ends the process
+            finish(work, stopped=guard.stop.is_set())
+        finally:
+            work.writer.abandon()
 
 
 def choose_device(wanted: str) -> torch.device:

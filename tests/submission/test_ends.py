@@ -13,10 +13,12 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from submission.rounds import Spool
 from submission.tasks import load_task
 from tests import forked
 from tools.audit import audit
@@ -240,3 +242,24 @@ def test_what_a_killed_job_left_is_cleared_away_and_said(tmp_path: Path) -> None
     assert end(forked.start(output, "--max-ipc", "1")) == 0
     assert any("of an interrupted run removed" in warning for warning in manifest_of(output)["warnings"])
     assert sorted(path.name for path in output.iterdir()) == ["cifar100.json", "cifar100.png", "cifar100.pt"]
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
+    """Rounds are put into the spool of an interrupted job: what is left to do is reading them and writing the file."""
+    peaks = {}
+    for ipc in (50, 500):
+        output = tmp_path / str(ipc)
+        process = start_and_wait(output, *NO_CAP)
+        kill(process, signal.SIGKILL)
+        end(process)
+        folder = output / ".cifar100.spool"
+        identity = json.loads((folder / "identity.json").read_text())
+        with Spool(folder, 100, 32, identity, resume=True) as spool:
+            dice = np.random.default_rng(0)
+            while spool.count < ipc - 1:
+                spool.append(dice.integers(0, 256, spool.shape, dtype=np.uint8))
+        assert end(forked.start(output, "--resume", "--max-ipc", str(ipc), "--aug-per-image", "0")) == 0
+        manifest = manifest_of(output)
+        assert manifest["ipc"] == manifest["rounds"] == ipc
+        peaks[ipc] = manifest["peak_memory_bytes"]
+    assert peaks[500] < 1.1 * peaks[50]
