@@ -16,10 +16,10 @@ from submission.errors import BudgetError, UsageError
 from submission.estimates import Extent, FileCost, Pace
 
 # Seconds and share of the budget kept back for what comes after the last file: manifest, exit, surprises.
-CLOSING_SECONDS, CLOSING_SHARE = 0.35, 0.003
+CLOSING_SECONDS, CLOSING_SHARE = 0.5, 0.003
 # With less than this left, nothing is waited for any more: what is on disk has to do. A process with much memory or a
 # GPU takes its time to go.
-LAST_SECONDS, LAST_SHARE = 0.25, 0.002
+LAST_SECONDS, LAST_SHARE = 0.4, 0.0015
 # Seconds in which a job that was told to stop is gone: containers are given ten.
 GRACE_SECONDS = 6.5
 # A snapshot is due when the rounds have grown by the factor since the last one, and all of them together take no more

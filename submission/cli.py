@@ -111,8 +111,9 @@ def _run(options: argparse.Namespace, process_start: float) -> int:
 
 def _run_job(options: argparse.Namespace, task: Task, budget: Budget, guard: Guard) -> None:
     # These take seconds to import, and wrong usage should be said at once.
-    from submission.job import JobConfig, run  # noqa: PLC0415
+    from submission.job import run  # noqa: PLC0415
     from submission.progress import Log, default_style  # noqa: PLC0415
+    from submission.work import JobConfig  # noqa: PLC0415
 
     config = JobConfig(
         task=task,

@@ -7,92 +7,38 @@ import os
 import signal
 import sys
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from submission import checkpoint as checkpoints
-from submission.augment import PdaStyle
 from submission.batch_size import BatchSize
-from submission.budget import Budget, Scheduler, Shape
+from submission.budget import Budget, Scheduler
 from submission.checkpoint import Checkpoint
-from submission.contact_sheet import draw_contact_sheet
-from submission.dataset_file import AbandonedError, Recipe, write_dataset
 from submission.errors import BankoError, BudgetError, OutputError, UsageError
-from submission.estimates import Extent, FileCost
-from submission.generator import Generator, load_generator
+from submission.estimates import FileCost
+from submission.finish import collect_snapshot, finish, start_snapshot, write_manifest
+from submission.generator import load_generator
 from submission.guard import Duties, Guard
-from submission.manifest import Digests, machine, write_json, write_whole
+from submission.manifest import Digests
 from submission.output_folder import claimed, remove_unfinished, room
 from submission.progress import Log, Status
 from submission.rounds import Spool
-from submission.snapshots import SnapshotWriter
-from submission.tasks import PromptStyle, Task
+from submission.work import JobConfig, Work
 
 PROJECT = Path(__file__).resolve().parents[1]
 
 # Until a file has been written, its cost is taken to be this: seconds a file, and seconds a colour value of a generated
 # image and of a copy. About what was measured on two CPU cores.
 GUESSED_FIXED, GUESSED_VALUE, GUESSED_COPY = 0.1, 1e-8, 2e-8
-# Seconds the last manifest may wait for the checkpoint's hashes, which were begun at the start.
-HASH_PATIENCE = 0.5
 # Seconds for the manifest when the time is up.
 MANIFEST_PATIENCE = 0.1
 # The part of a disk's free space that the job may plan to fill.
 USABLE_ROOM = 0.95
 # A change of the planned rounds by this share is worth a line in the log, and so much of the budget lies between two.
 PLAN_CHANGE, PLAN_SPACING = 0.1, 0.02
-
-
-@dataclass(frozen=True)
-class JobConfig:
-    """What was asked for. `copies` an image at most, `cap` images a class at most, `resolution` in pixels;
-    None stands for the checkpoint's own resolution, and for the batch size that measures best."""
-
-    task: Task
-    output: Path
-    model: str
-    resolution: int | None
-    copies: int
-    pda: PdaStyle
-    prompts: PromptStyle
-    cap: int
-    seed: int
-    batch_size: int | None
-    dtype: str
-    device: str
-    resume: bool = False
-
-    @property
-    def shape(self) -> Shape:
-        return Shape(len(self.task.classes), 0 if self.pda == "none" else self.copies, self.cap)
-
-    @property
-    def dataset(self) -> Path:
-        return self.output / f"{self.task.name}.pt"
-
-    def recipe(self, extent: Extent) -> Recipe:
-        return Recipe(self.task, extent.ipc, self.pda, self.seed, getattr(torch, self.dtype))
-
-
-@dataclass
-class Work:
-    """A job in the making: what generates, what decides, what is on disk, and the plans that were announced."""
-
-    config: JobConfig
-    checkpoint: Checkpoint
-    digests: Digests
-    generator: Generator
-    spool: Spool
-    scheduler: Scheduler
-    log: Log
-    writer: SnapshotWriter = field(default_factory=SnapshotWriter)
-    plans: list[dict[str, float]] = field(default_factory=list)
-    sheet_drawn: bool = False
-    finished: bool = False
-    resumed: int = 0  # images from the run before
 
 
 def run(config: JobConfig, budget: Budget, log: Log, guard: Guard) -> None:
@@ -282,110 +228,6 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
-def start_snapshot(work: Work, extent: Extent) -> None:
-    """Begins to write a file beside generation; sheet and manifest follow it."""
-    config = work.config
-    check_folder(work)
-
-    def complete(extent: Extent) -> None:
-        work.scheduler.in_place = extent
-        draw_sheet(work)
-        write_manifest(work, extent, patience=0)
-
-    rounds = replace(work.spool.read(), count=extent.rounds)
-    work.writer.start(config.dataset, rounds, config.recipe(extent), extent, complete)
-
-
-def collect_snapshot(work: Work) -> None:
-    """Tells the scheduler of a snapshot that was finished meanwhile. Raises OutputError where it failed."""
-    try:
-        done = work.writer.collect()
-    except OutputError:
-        if work.config.output.is_dir():
-            raise
-        check_folder(work)
-        return
-    if done is not None:
-        work.scheduler.wrote(done.extent, done.seconds, done.spent)
-        work.log.timings["write snapshots"] = work.scheduler.spent
-
-
-def finish(work: Work, *, stopped: bool) -> None:
-    """Writes the last file, if there is more than in the one in place and time for it, and the manifest.
-
-    Then the spool is of no more use, unless the job was `stopped` and may be resumed.
-
-    Raises BudgetError where there is no time for any file, and OutputError.
-    """
-    config, scheduler, spool, log = work.config, work.scheduler, work.spool, work.log
-    work.writer.abandon()
-    collect_snapshot(work)
-    check_folder(work)
-    with log.phase("write and verify"):
-        while (extent := scheduler.last_file()) is not None and not scheduler.late():
-            write_last(work, extent)
-    if scheduler.in_place is None:
-        raise scheduler.too_small()
-    extent = scheduler.in_place
-    with log.phase("sheet and manifest"):
-        draw_sheet(work)
-        write_manifest(work, extent, HASH_PATIENCE)
-    if extent.ipc < min(config.cap, scheduler.shape.ipc(spool.count)):
-        log.warn(f"the file holds IPC {extent.ipc} of the {scheduler.shape.ipc(spool.count)} that were ready")
-    copies = f"the rest {config.pda} copies" if extent.rounds < extent.ipc else "no copies"
-    log.say(
-        f"{config.dataset}: {len(config.task.classes)} classes, IPC {extent.ipc} ({min(extent.rounds, extent.ipc)} "
-        f"generated, {copies}), {scheduler.budget.left:.1f} s before the deadline"
-    )
-    work.finished = True
-    if stopped and spool.count < scheduler.shape.cap:
-        log.say(f"its {spool.count} rounds are kept in {spool.folder}: --resume goes on from them")
-    else:
-        spool.remove()
-    log.close()
-
-
-def write_last(work: Work, extent: Extent) -> None:
-    """Writes the last file, or gives up where it turns out too slow: the scheduler then thinks of a smaller one."""
-    scheduler = work.scheduler
-    began = scheduler.budget.elapsed
-
-    def check(fraction: float) -> None:
-        if scheduler.too_slow(extent, began, fraction):
-            raise AbandonedError
-
-    rounds = replace(work.spool.read(), count=extent.rounds)
-    try:
-        write_dataset(work.config.dataset, rounds, work.config.recipe(extent), check)
-        scheduler.in_place = extent
-    except AbandonedError:
-        work.log.warn(f"writing IPC {extent.ipc} would end after the deadline: given up")
-
-
-def check_folder(work: Work) -> None:
-    """Sees whether the file in place is still there. The output folder is made again where someone has removed it: the
-    rounds survive in the open spool. Raises OutputError."""
-    folder = work.config.output
-    if work.scheduler.in_place is None or work.config.dataset.exists():
-        return
-    work.log.warn(f"{work.config.dataset} was removed while the job ran: made anew")
-    work.scheduler.in_place = None
-    work.sheet_drawn = False
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot make {folder} again ({error.strerror})") from error
-
-
-def draw_sheet(work: Work) -> None:
-    """The contact sheet, of the first round, once."""
-    if not work.sheet_drawn:
-        classes = work.config.task.classes
-        images = work.spool.read()[np.zeros(len(classes), np.int64), np.arange(len(classes))]
-        write_whole(work.config.dataset.with_suffix(".png"), draw_contact_sheet(images, [c.name for c in classes]))
-        work.sheet_drawn = True
-
-
 def announce(work: Work) -> None:
     """Shows progress, and says and keeps the plan when it is new and whenever it has changed noticeably."""
     scheduler, log = work.scheduler, work.log
@@ -424,46 +266,6 @@ def announce(work: Work) -> None:
             f"plan: {plan.rounds} rounds{was}, IPC {plan.ipc}; {pace:,.1f} images/s in batches of "
             f"{scheduler.batch.current}; {plan.finish:.1f} s kept for writing"
         )
-
-
-def write_manifest(work: Work, extent: Extent, patience: float) -> None:
-    """The manifest: what was asked, what was done, how long it took, and every fallback on the way.
-
-    `patience` is how many seconds to wait for the checkpoint's hashes. Raises OutputError.
-    """
-    config, generator, scheduler, log = work.config, work.generator, work.scheduler, work.log
-    files = work.digests.wait(patience)
-    if files is None and patience:
-        log.warn("the checkpoint's SHA-256 was not ready in time and is missing from the manifest")
-    generating = max(log.timings.get("generate", 0.0), 1e-9)
-    content = {
-        "task": config.task.name,
-        "classes": len(config.task.classes),
-        "size": config.task.size,
-        "ipc": extent.ipc,
-        "rounds": extent.rounds,
-        "copies_per_image": config.shape.copies,
-        "pda": config.pda,
-        "prompts": config.prompts,
-        "seed": config.seed,
-        "dtype": config.dtype,
-        "budget_seconds": scheduler.budget.seconds,
-        "elapsed_seconds": round(scheduler.budget.elapsed, 2),
-        "phases_seconds": {name: round(seconds, 3) for name, seconds in list(log.timings.items())},
-        "images_per_second": round((scheduler.images - work.resumed) / generating, 2),
-        "resumed_rounds": work.resumed // scheduler.shape.classes,
-        "snapshots_seconds": round(scheduler.spent, 3),
-        "batch_size": scheduler.batch.current,
-        "images_regenerated": generator.regenerated,
-        "plans": list(work.plans),
-        "resolution": generator.resolution,
-        "unet_dtype": str(generator.sampler.dtype),
-        "decoder": {"name": "vae", "dtype": str(generator.vae.dtype)},
-        "checkpoint": {"source": work.checkpoint.source, "path": str(work.checkpoint.path), "sha256": files},
-        "warnings": list(log.warnings),
-        **machine(generator.sampler.device),
-    }
-    write_json(config.dataset.with_suffix(".json"), content)
 
 
 def _first_line(error: Exception) -> str:
