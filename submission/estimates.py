@@ -54,7 +54,8 @@ class FileCost:
 
     The three numbers are guesses. What files really took corrects them: a linear model of three factors, one for each
     guess, updated as a Kalman filter does (Kalman 1960). It starts at one with a spread that is mostly common to all
-    three, since a slow machine is slow at everything: a single file then says something of all.
+    three, since a slow machine is slow at everything: a single file then says something of all. `crowding` is how many
+    times as long it all takes at present because of others on the machine.
     """
 
     classes: int
@@ -67,9 +68,10 @@ class FileCost:
     )
     residuals: list[float] = field(default_factory=list)
     largest: float = 0.0
+    crowding: float = 1.0
 
     def observe(self, extent: Extent, seconds: float) -> None:
-        """Takes what a file of that extent took."""
+        """Takes what a file of that extent took, or would have taken without others on the machine."""
         parts = self._parts(extent)
         gain = [sum(c * p for c, p in zip(row, parts, strict=True)) for row in self.covariance]
         variance = sum(g * p for g, p in zip(gain, parts, strict=True)) + (self._noise() * seconds) ** 2
@@ -80,7 +82,7 @@ class FileCost:
             for row, a in zip(self.covariance, gain, strict=True)
         ]
         self.largest = max(self.largest, seconds)
-        self.residuals.append(self.mean(extent) / seconds - 1)
+        self.residuals.append(self._alone(extent) / seconds - 1)
 
     def rescale(self, factor: float) -> None:
         """Everything takes `factor` times as long as was thought."""
@@ -89,17 +91,21 @@ class FileCost:
 
     def mean(self, extent: Extent) -> float:
         """Expected seconds for a file; above zero."""
-        # A factor may come out negative where files so far could not tell the parts from each other.
-        return sum(max(f, 0.02) * p for f, p in zip(self.factors, self._parts(extent), strict=True))
+        return self.crowding * self._alone(extent)
 
     def bound(self, extent: Extent) -> float:
         """Cautious seconds for a file: more where little is known, files differed, or none as large has been seen."""
-        parts, mean = self._parts(extent), self.mean(extent)
+        parts, mean = self._parts(extent), self._alone(extent)
         unknown = sum(
             a * b * c for a, row in zip(parts, self.covariance, strict=True) for b, c in zip(parts, row, strict=True)
         )
         beyond = EXTRAPOLATION * math.log(max(1.0, mean / self.largest)) if self.largest else 0.0
-        return mean + FILE_DEVIATIONS * math.sqrt(max(unknown, 0.0) + (self._noise() ** 2 + beyond**2) * mean**2)
+        deviation = math.sqrt(max(unknown, 0.0) + (self._noise() ** 2 + beyond**2) * mean**2)
+        return self.crowding * (mean + FILE_DEVIATIONS * deviation)
+
+    def _alone(self, extent: Extent) -> float:
+        # A factor may come out negative where files so far could not tell the parts from each other.
+        return sum(max(f, 0.02) * p for f, p in zip(self.factors, self._parts(extent), strict=True))
 
     def _parts(self, extent: Extent) -> tuple[float, float, float]:
         """What the guesses say: fixed part, generated images, copies."""

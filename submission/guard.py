@@ -21,23 +21,27 @@ from submission.errors import BudgetError
 TICK = 0.05
 # Seconds the main thread has, once told to stop, to begin with the last file.
 PATIENCE = 1.0
+# Seconds for the last words, which nobody may be listening to.
+LAST_WORDS_PATIENCE = 0.15
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 @dataclass(frozen=True)
 class Duties:
-    """What the guard does for a job. Each returns at once but `finish`, which runs on a thread of its own.
+    """What the guard does for a job.
 
-    `hurry` is called once, on the first signal. `overdue`: whether the last file should have been begun by now. `late`:
-    whether the time is over. `finish` writes the last file, `last_words` says what is on disk; both return an exit
-    code.
+    The first three answer at once. `overdue`: whether the last file should have been begun by now. `late`: whether the
+    time is over. `code`: the exit code if the job ended now. The others may wait for a disk or for whoever reads what
+    is printed, and run on threads of their own: `hurry` is called once, on the first signal, `finish` writes the last
+    file, and `last_words` says that time is up.
     """
 
-    hurry: Callable[[signal.Signals], None]
     overdue: Callable[[], bool]
     late: Callable[[], bool]
+    code: Callable[[], int]
+    hurry: Callable[[signal.Signals], None]
     finish: Callable[[], int]
-    last_words: Callable[[], int]
+    last_words: Callable[[], None]
 
 
 class Guard:
@@ -84,34 +88,31 @@ class Guard:
                     if number not in SIGNALS:
                         continue
                     if self._stopped_by:
-                        leave(128 + number)
+                        os._exit(128 + number)
                     self._stopped_by, told_at = signal.Signals(number), self._budget.elapsed
                     self.stop.set()
                     if self.duties:
-                        self.duties.hurry(self._stopped_by)
+                        _start(self.duties.hurry, self._stopped_by)
             duties = self.duties
             if duties is None:
                 if self._budget.left <= self._budget.last:
                     seconds = f"a budget of {self._budget.seconds:g} s"
                     print(f"error: {seconds} is over before the model is loaded: give a longer one", file=sys.stderr)
-                    leave(BudgetError.exit_code)
+                    os._exit(BudgetError.exit_code)
                 if self._stopped_by and self._budget.elapsed - told_at > PATIENCE:
                     print("error: stopped before the first round was done: nothing is written", file=sys.stderr)
-                    leave(BudgetError.exit_code)
+                    os._exit(BudgetError.exit_code)
                 continue
             if duties.late():
-                leave(duties.last_words())
+                _start(duties.last_words).join(LAST_WORDS_PATIENCE)
+                os._exit(duties.code())
             ignored = self._stopped_by is not None and self._budget.elapsed - told_at > PATIENCE
             if (ignored or duties.overdue()) and self.finishing.acquire(blocking=False):
-                threading.Thread(target=_finish, args=(duties,), name="finish", daemon=True).start()
+                # Ends the process at once: taking torch and its libraries apart in order takes seconds.
+                _start(lambda duties: os._exit(duties.finish()), duties)
 
 
-def _finish(duties: Duties) -> None:
-    leave(duties.finish())
-
-
-def leave(code: int) -> None:
-    """Ends the process at once: taking torch and its libraries apart in order takes seconds."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+def _start(work: Callable[..., None], *arguments: object) -> threading.Thread:
+    thread = threading.Thread(target=work, args=arguments, daemon=True)
+    thread.start()
+    return thread

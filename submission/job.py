@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import sys
-import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from submission import checkpoint as checkpoints
 from submission.batch_size import BatchSize
 from submission.budget import Budget, Scheduler
 from submission.checkpoint import Checkpoint
+from submission.crowding import Crowding
 from submission.errors import BankoError, BudgetError, OutputError, UsageError
 from submission.estimates import FileCost
 from submission.finish import collect_snapshot, finish, start_snapshot, write_manifest
@@ -33,8 +33,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 # Until a file has been written, its cost is taken to be this: seconds a file, and seconds a colour value of a generated
 # image and of a copy. About what was measured on two CPU cores.
 GUESSED_FIXED, GUESSED_VALUE, GUESSED_COPY = 0.1, 1e-8, 2e-8
-# Seconds for the manifest when the time is up.
-MANIFEST_PATIENCE = 0.1
 # The part of a disk's free space that the job may plan to fill.
 USABLE_ROOM = 0.95
 # A change of the planned rounds by this share is worth a line in the log, and so much of the budget lies between two.
@@ -155,26 +153,25 @@ def duties(work: Work, guard: Guard) -> Duties:
             return error.exit_code
         return 0
 
-    def last_words() -> int:
+    def code() -> int:
+        return 0 if scheduler.in_place else BudgetError.exit_code
+
+    def last_words() -> None:
         extent = scheduler.in_place
         if work.finished:
-            return 0
+            return
         if extent is None:
             if not work.spool.count:
                 work.spool.remove()
             log.close()
             print(f"error: {scheduler.too_small()}", file=sys.stderr)
-            return BudgetError.exit_code
+            return
         log.warn(
             f"time is up: the last file is not done, the one in place stays (IPC {extent.ipc}, {extent.rounds} rounds)"
         )
-        # Not waited for on a disk that does not answer.
-        manifest = threading.Thread(target=write_manifest, args=(work, extent, 0.0), daemon=True)
-        manifest.start()
-        manifest.join(MANIFEST_PATIENCE)
-        return 0
+        write_manifest(work, extent, patience=0)
 
-    return Duties(hurry, scheduler.overdue, scheduler.late, take_over, last_words)
+    return Duties(scheduler.overdue, scheduler.late, code, hurry, take_over, last_words)
 
 
 def generate(work: Work, guard: Guard) -> None:
@@ -186,7 +183,7 @@ def generate(work: Work, guard: Guard) -> None:
     """
     scheduler, spool, generator, log = work.scheduler, work.spool, work.generator, work.log
     classes, budget = scheduler.shape.classes, scheduler.budget
-    pending = np.empty((0, *spool.shape[1:]), np.uint8)
+    pending, crowding = np.empty((0, *spool.shape[1:]), np.uint8), Crowding()
     while not guard.stop.is_set() and (size := scheduler.next_batch()):
         began, expected = budget.elapsed, size * scheduler.pace.mean
         disturbed = work.writer.busy
@@ -215,6 +212,7 @@ def generate(work: Work, guard: Guard) -> None:
         took = budget.elapsed - began
         if scheduler.observe(len(images), took, disturbed=disturbed):
             log.warn(f"a batch took {took:.1f} s where {expected:.1f} s were expected (a stopped process?): new plan")
+        scheduler.cost.crowding = crowding.look(count=not disturbed)
         collect_snapshot(work)
         if not work.writer.busy and (extent := scheduler.snapshot()) is not None:
             start_snapshot(work, extent)

@@ -10,21 +10,20 @@ from pathlib import Path
 
 import torch
 
+from submission.crowding import ran_and_waited
 from submission.dataset_file import AbandonedError, Recipe, write_dataset
 from submission.estimates import Extent
 from submission.rounds import Rounds
 
 # How far the writing thread stands back: at 5 it gets a quarter of a core that generation wants, too.
 NICENESS = 5
-# Seconds a thread has to have run before its waiting is believed.
-LEAST_RUN = 0.02
 # Seconds that giving up a snapshot may take, where the disk does not answer.
 ABANDON_PATIENCE = 1.0
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A file put in place: `seconds` it would have taken instead of generation, `spent` of a core's time."""
+    """A file put in place: `seconds` it would have taken with a core to itself, `spent` of a core's time."""
 
     extent: Extent
     seconds: float
@@ -55,12 +54,10 @@ class SnapshotWriter:
             if sys.platform == "linux":
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
             torch.set_num_threads(1)  # of this thread alone
-            began, busy, waited = time.perf_counter(), time.thread_time(), _ran_and_waited("thread-self")[1]
-            main = _ran_and_waited(f"self/task/{os.getpid()}")
+            began, busy, (_, waited) = time.perf_counter(), time.thread_time(), ran_and_waited("thread-self")
             try:
                 write_dataset(path, rounds, recipe, check, alone=False)
-                took = time.perf_counter() - began - (_ran_and_waited("thread-self")[1] - waited)
-                took *= _crowding(main, _ran_and_waited(f"self/task/{os.getpid()}"))
+                took = time.perf_counter() - began - (ran_and_waited("thread-self")[1] - waited)
                 self._done = Snapshot(extent, took, time.thread_time() - busy)
                 then(extent)
             except AbandonedError:
@@ -87,21 +84,3 @@ class SnapshotWriter:
         self._abandoned = True
         if self._thread:
             self._thread.join(ABANDON_PATIENCE)
-
-
-def _ran_and_waited(thread: str) -> tuple[float, float]:
-    """Seconds a thread, by its folder in /proc, has run, and those it was ready to run while others had the cores.
-
-    Zeros where the system does not say.
-    """
-    try:
-        ran, waited, _ = Path(f"/proc/{thread}/schedstat").read_text().split()
-        return int(ran) / 1e9, int(waited) / 1e9
-    except (OSError, ValueError):
-        return 0.0, 0.0
-
-
-def _crowding(before: tuple[float, float], after: tuple[float, float]) -> float:
-    """How many times as long as alone the main thread took in between, with others about: the last file will, too."""
-    ran, waited = after[0] - before[0], after[1] - before[1]
-    return 1 + waited / ran if ran > LEAST_RUN else 1.0

@@ -4,6 +4,7 @@ Everything but the loading is the real thing: the command line, the process, its
 """
 
 import codecs
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -43,6 +44,15 @@ def start(output: Path, *options: str, fault: str = "") -> ForkServerProcess:
     process = context.Process(target=_job, args=(output, options, fault))
     process.start()
     return process
+
+
+def warm_up() -> None:
+    """Returns when the server is ready to fork."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    process = context.Process(target=os.getpid)
+    process.start()
+    process.join()
 
 
 def wait_for(condition: Callable[[], bool], process: ForkServerProcess) -> None:
@@ -108,6 +118,17 @@ def failing_device(loaded: Generator) -> None:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     _when_generating(loaded, before)
+
+
+def nobody_listens(_: Generator) -> None:
+    """What is printed goes to a pipe that is full."""
+    _reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(writer, b"x" * 1024)
+    os.set_blocking(writer, True)
+    os.dup2(writer, 1)
 
 
 def small_files(_: Generator) -> None:

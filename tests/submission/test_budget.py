@@ -268,7 +268,7 @@ def test_the_guard_takes_over_when_the_file_should_have_been_begun() -> None:
     scheduler.observe(100, 50)
     clock.now = 90
     assert not scheduler.overdue() and not scheduler.late()
-    clock.now = 99.5
+    clock.now = 99.3
     assert scheduler.overdue() and not scheduler.late()
     clock.now = 99.9
     assert scheduler.late()

@@ -30,6 +30,11 @@ NO_CAP = ("--max-ipc", "100000")
 GRACE = 8.0
 
 
+@pytest.fixture(autouse=True, scope="module")
+def server() -> None:
+    forked.warm_up()
+
+
 def check_file(output: Path) -> Tensor:
     """The images of a complete file that passes the audit."""
     assert [finding.text for finding in audit(output / "cifar100.pt", TASK) if finding.fatal] == []
@@ -128,6 +133,13 @@ def test_a_device_that_does_not_answer_does_not_hold_up_the_deadline(tmp_path: P
     manifest = manifest_of(output)
     assert manifest["rounds"] >= 10, "all that was done"
     assert any("does not come back" in warning for warning in manifest["warnings"])
+
+
+def test_a_job_that_nobody_listens_to_is_gone_at_its_deadline(tmp_path: Path) -> None:
+    output, began = tmp_path / "out", time.time()
+    options = (*NO_CAP, "--budget", "4s", "--started-at", str(began))
+    process = forked.start(output, *options, fault="nobody_listens")
+    assert end(process) == 3 and time.time() - began < 4, "the first line it prints is never taken"
 
 
 def test_a_device_that_fails_leaves_what_was_done(tmp_path: Path) -> None:
