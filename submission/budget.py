@@ -40,6 +40,8 @@ WATCH_TRUST, WATCH_GAIN = 0.15, 1.1
 BATCHES_BEFORE_GIVING_UP = 3
 # A batch that takes this many times as long as expected, and this many seconds longer, is an outage and no pace.
 STALL_FACTOR, STALL_SECONDS = 5.0, 1.0
+# Seconds that the last file is begun earlier than usual where the batch before it does not come back.
+STALL_RESERVE = 1.0
 
 
 def parse_seconds(text: str) -> float:
@@ -155,6 +157,8 @@ class Scheduler:
     in_place: Extent | None = None
     spent: float = 0.0
     stalled: bool = False
+    batch_began: float = 0.0
+    batch_expected: float = 0.0
     hurried_end: float = math.inf
 
     @property
@@ -187,6 +191,11 @@ class Scheduler:
 
     def next_batch(self) -> int:
         """How many images to generate next, 0 where it is time to write. Raises BudgetError if no round can be done."""
+        size = self._next_batch()
+        self.batch_began, self.batch_expected = self.budget.elapsed, self.pace.bound(size, self.batch.current)
+        return size
+
+    def _next_batch(self) -> int:
         full = min(self.batch.current, self.shape.cap * self.shape.classes - self.images)
         if self.rounds == 0 and self.batches < BATCHES_BEFORE_GIVING_UP:
             return full
@@ -281,13 +290,15 @@ class Scheduler:
         return True
 
     def overdue(self) -> bool:
-        """Whether the last file, of the rounds there are, should have been begun by now."""
-        return self.rounds > 0 and self.left < self.least_reserve()
+        """Whether the last file, of the rounds there are, should be begun without waiting for the batch any longer."""
+        return self.rounds > 0 and self.budget.elapsed >= self.overdue_at()
 
-    def least_reserve(self) -> float:
-        """Seconds that should be left when the last file is begun, at the very least."""
-        extent = self.shape.extent(self.rounds)
-        return (self.cost.mean(extent) + self.cost.bound(extent)) / 2 + self.closing
+    def overdue_at(self) -> float:
+        """When that is, in seconds of the budget: somewhat earlier for a batch that takes far too long."""
+        extent, end = self.shape.extent(self.rounds), self.budget.elapsed + self.left - self.closing
+        mean, bound = self.cost.mean(extent), self.cost.bound(extent)
+        stalled = self.batch_began + max(STALL_FACTOR * self.batch_expected, self.batch_expected + STALL_SECONDS)
+        return min(end - (mean + bound) / 2, max(stalled, end - bound - STALL_RESERVE))
 
     def late(self) -> bool:
         """Whether the process has to go now."""

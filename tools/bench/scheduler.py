@@ -174,7 +174,7 @@ def run_ours(trace: Trace) -> Outcome:
                 ends += slowed
                 remaining -= slowed
             # The guard does not wait for a batch that does not come back.
-            overdue = max(began, trace.seconds - scheduler.least_reserve())
+            overdue = max(began, scheduler.overdue_at())
             if scheduler.rounds and ends > overdue:
                 clock.now = overdue
                 break
