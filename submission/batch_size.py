@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 
 # A larger batch is preferred only where it makes images faster by at least this factor.
-BATCH_GAIN = 1.01
+BATCH_GAIN = 1.005
 # Batches timed at each size.
 BATCH_TRIALS = 3
 # The part of a trial's time that is lost where a size does not pay: its images count, they only came slowly.
-TRIAL_RISK = 0.15
+TRIAL_RISK = 0.1
 
 
 def pays_back(cost: float, gain: float, left: float) -> bool:
