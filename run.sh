@@ -38,7 +38,7 @@ if [[ -z $python ]]; then
     fi
     python=$here/.venv/bin/python
     install requirements.txt
-    case ${1:-} in test | evaluate | audit | bench | train-embedded) install requirements-dev.txt ;; esac
+    case ${1:-} in test | evaluate | audit | bench | make-checkpoint | train-embedded) install requirements-dev.txt ;; esac
 fi
 
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
@@ -51,7 +51,7 @@ test)
     "$python" -m mypy
     exec "$python" -m pytest "$@"
     ;;
-evaluate | audit | bench | train-embedded)
+evaluate | audit | bench | make-checkpoint | train-embedded)
     tool=${1//-/_}
     shift
     exec "$python" -m "tools.$tool" "$@"
