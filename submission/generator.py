@@ -16,11 +16,12 @@ from submission.progress import Log
 from submission.tasks import PromptStyle, Task
 
 
-@dataclass(frozen=True)
+@dataclass
 class Generator:
     """Makes image i, of class `i % classes` in round `i // classes`, whatever batch it is asked for in.
 
-    `prompt_of` [phrasings, classes] indexes `conditioning`; round r takes phrasing `r % phrasings`.
+    `prompt_of` [phrasings, classes] indexes `conditioning`; round r takes phrasing `r % phrasings`. Images that came
+    out broken and were made again in higher precision are counted in `regenerated`.
     """
 
     task: Task
@@ -30,6 +31,7 @@ class Generator:
     conditioning: pipeline.Conditioning
     prompt_of: Tensor
     vae: Any
+    regenerated: int = 0
 
     def images(self, start: int, stop: int, log: Log) -> Tensor:
         """Images `start` to `stop` as uint8 [n, 3, size, size] on the CPU. Raises CheckpointError."""
@@ -37,11 +39,17 @@ class Generator:
         noise = pipeline.draw_noise(self.seed, labels.tolist(), rounds.tolist(), self.sampler.side)
         prompts = self.prompt_of[torch.from_numpy(rounds) % len(self.prompt_of), torch.from_numpy(labels)]
         latents = pipeline.sample(self.sampler, self.conditioning, prompts.to(self.sampler.device), noise)
+        finite = latents.flatten(1).isfinite().all(1)
+        if not finite.all() and self.sampler.dtype != torch.float32:
+            self._count(finite, f"the UNet in {_name(self.sampler.dtype)}: generating in float32 from now on", log)
+            self.sampler = pipeline.in_float32(self.sampler)
+            self.conditioning = pipeline.Conditioning(
+                self.conditioning.embeds.float(), self.conditioning.pooled.float()
+            )
+            latents = pipeline.sample(self.sampler, self.conditioning, prompts.to(self.sampler.device), noise)
         pixels, sound = decode(self.vae, latents, self.task.size)
         if not sound.all() and self.vae.dtype != torch.float32:
-            log.warn(
-                f"{int((~sound).sum())} broken images from the VAE in {self.vae.dtype}: decoding in float32 from now on"
-            )
+            self._count(sound, f"the VAE in {_name(self.vae.dtype)}: decoding in float32 from now on", log)
             self.vae.float()
             pixels, sound = decode(self.vae, latents, self.task.size)
         if not sound.all():
@@ -51,6 +59,11 @@ class Generator:
                 f"of class {name}: is it a one-step model, and is the resolution one it was trained for?"
             )
         return pixels.cpu()
+
+    def _count(self, sound: Tensor, remedy: str, log: Log) -> None:
+        broken = int((~sound).sum())
+        self.regenerated += broken
+        log.warn(f"{broken} broken images from {remedy}")
 
 
 def load_generator(
