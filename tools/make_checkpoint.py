@@ -116,12 +116,13 @@ def on_paper(component: str, config: dict[str, Any]) -> torch.nn.Module:
 
 
 def _random_weights(network: torch.nn.Module, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
-    """fp16 weights that keep the scale of what passes through: norms that do nothing, products of unit gain."""
+    """fp16 weights of the scale that torch gives a new layer: norms that do nothing, and products of a gain below one,
+    so that a residual block adds to what it gets and does not drown it."""
     for name, shape in ((name, tensor.shape) for name, tensor in network.state_dict().items()):
         if len(shape) < 2:
             yield name, torch.full(shape, float(name.endswith("weight")), dtype=torch.float16)
         else:
-            std = EMBEDDING_STD if "embedding.weight" in name else 1 / math.sqrt(math.prod(shape[1:]))
+            std = EMBEDDING_STD if "embedding.weight" in name else 1 / math.sqrt(3 * math.prod(shape[1:]))
             yield name, (torch.randn(shape, generator=generator) * std).half()
 
 
