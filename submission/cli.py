@@ -71,6 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="bare class names, descriptions, or descriptions in phrasings taken in turn (default: described)",
     )
     parser.add_argument(
+        "--decoder",
+        choices=("auto", "linear", "pooled", "vae"),
+        default="auto",
+        help="latents to pixels: a map fitted to the VAE, the VAE on pooled latents, the VAE itself; auto takes the "
+        "first of them whose pixels keep 30 dB of peak signal-to-noise ratio to the VAE's (default: auto)",
+    )
+    parser.add_argument(
         "--max-ipc", type=number_from(1), metavar="N", help="most images a class in the file (default: the task's, 500)"
     )
     parser.add_argument("--seed", type=number_from(0), default=0, metavar="N", help="0 or more (default: 0)")
@@ -123,6 +130,7 @@ def _run_job(options: argparse.Namespace, task: Task, budget: Budget, guard: Gua
         copies=options.aug_per_image,
         pda=options.pda,
         prompts=options.prompts,
+        decoder=options.decoder,
         cap=options.max_ipc or task.max_ipc,
         seed=options.seed,
         batch_size=options.batch_size,

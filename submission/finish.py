@@ -6,6 +6,7 @@ import numpy as np
 
 from submission.contact_sheet import draw_contact_sheet
 from submission.dataset_file import AbandonedError, write_dataset
+from submission.decoder import FIDELITY
 from submission.errors import OutputError
 from submission.estimates import Extent
 from submission.manifest import machine, write_json, write_whole
@@ -154,7 +155,12 @@ def write_manifest(work: Work, extent: Extent, patience: float) -> None:
         "plans": list(work.plans),
         "resolution": generator.resolution,
         "unet_dtype": str(generator.sampler.dtype),
-        "decoder": {"name": "vae", "dtype": str(generator.vae.dtype)},
+        "decoder": {
+            "name": generator.decoder.rung,
+            "dtype": str(generator.vae.dtype),
+            "fidelity_db": dict(generator.decoder.fidelity),
+            "fidelity_wanted_db": FIDELITY,
+        },
         "checkpoint": {"source": work.checkpoint.source, "path": str(work.checkpoint.path), "sha256": files},
         "warnings": list(log.warnings),
         **machine(generator.sampler.device),

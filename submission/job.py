@@ -54,7 +54,14 @@ def run(config: JobConfig, budget: Budget, log: Log, guard: Guard) -> None:
     with claimed(config.output), open_spool(config, checkpoint, log) as spool:
         digests = Digests(checkpoint)
         generator = load_generator(
-            task, checkpoint, device, log, style=config.prompts, seed=config.seed, resolution=config.resolution
+            task,
+            checkpoint,
+            device,
+            log,
+            style=config.prompts,
+            seed=config.seed,
+            resolution=config.resolution,
+            decoder=config.decoder,
         )
         scheduler = start_scheduler(config, budget, spool, log)
         work = Work(config, checkpoint, digests, generator, spool, scheduler, log, resumed=scheduler.images)
@@ -107,6 +114,7 @@ def identity(config: JobConfig, checkpoint: Checkpoint) -> dict[str, str]:
         "task": f"{task.name} ({len(task.classes)} classes at {task.size} px, {_digest(names)})",
         "seed": str(config.seed),
         "resolution": f"{config.resolution or checkpoint.resolution_for(task.size)} px",
+        "decoder": config.decoder,
         "prompts": f"{config.prompts} ({_digest(task.prompts(config.prompts))})",
     }
 

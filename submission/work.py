@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -9,6 +10,7 @@ from submission.augment import PdaStyle
 from submission.budget import Scheduler, Shape
 from submission.checkpoint import Checkpoint
 from submission.dataset_file import Recipe
+from submission.decoder import Rung
 from submission.estimates import Extent
 from submission.generator import Generator
 from submission.manifest import Digests
@@ -30,6 +32,7 @@ class JobConfig:
     copies: int
     pda: PdaStyle
     prompts: PromptStyle
+    decoder: Rung | Literal["auto"]
     cap: int
     seed: int
     batch_size: int | None

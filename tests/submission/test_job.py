@@ -116,6 +116,29 @@ def test_another_resolution_is_resized_and_enlarging_is_a_warning(run: Run, tmp_
     assert "enlarged" in json.loads((tmp_path / "out/tiny.json").read_text())["warnings"][0]
 
 
+def test_decoders_are_asked_for_and_held_to_their_fidelity(run: Run, tmp_path: Path) -> None:
+    images, told = {}, {}
+    for rung in ("vae", "linear", "pooled"):
+        # Latents as fine as the pixels.
+        images[rung] = run("--max-ipc", "2", "--resolution", "32", "--decoder", rung, output=rung)
+        told[rung] = json.loads((tmp_path / rung / "tiny.json").read_text())["decoder"]
+        assert told[rung]["name"] == rung
+        assert set(told[rung]["fidelity_db"]) == {rung} - {"vae"}
+    for rung in ("linear", "pooled"):
+        error = (images[rung] - images["vae"]).square().mean((2, 3, 4))
+        # Measured on other images, and on pixels that are not yet rounded.
+        assert (-10 * error.log10()).mean() == pytest.approx(told[rung]["fidelity_db"][rung], abs=4)
+    assert levels(run("--max-ipc", "1", "--resolution", "32", "--decoder", "linear"), images["linear"][:, :1]) <= 1
+
+
+def test_a_decoder_that_cannot_be_had_is_code_2(
+    capsys: pytest.CaptureFixture[str], checkpoint_folder: Path, task_file: Path, tmp_path: Path
+) -> None:
+    options = [str(task_file), "--model", str(checkpoint_folder), "--output", str(tmp_path / "out")]
+    assert cli.main([*options, "--decoder", "pooled"]) == 2
+    assert "error: --decoder pooled" in capsys.readouterr().err
+
+
 def test_json_lines(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     run("--max-ipc", "2", "--log", "json")
     events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
