@@ -109,7 +109,7 @@ def test_one_bad_size_does_not_end_the_search() -> None:
 
 def test_trials_that_would_cost_too_much_of_the_budget_are_not_made() -> None:
     batch = BatchSize()
-    batch.observe(5.0, left=4.0)
+    batch.observe(5.0, left=2.5)
     assert batch.settled and batch.current == 1
 
 
