@@ -1,6 +1,7 @@
 """How much other processes are in the way, from what the kernel says of threads that were kept waiting for a core."""
 
 import os
+import time
 from pathlib import Path
 
 # What earlier batches count for beside the newest one.
@@ -25,6 +26,11 @@ class Crowding:
             self._waited = MEMORY * self._waited + now[1] - self._before[1]
         self._before = now
         return 1 + self._waited / self._ran if self._ran > LEAST_RUN else 1.0
+
+
+def seconds_idle() -> float:
+    """A clock that runs while the calling thread neither has a core nor wants one: it sleeps, or waits for a disk."""
+    return time.perf_counter() - time.thread_time() - ran_and_waited("thread-self")[1]
 
 
 def ran_and_waited(thread: str) -> tuple[float, float]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.serialization import skip_data
 
 from submission.augment import PdaStyle, augment
+from submission.crowding import seconds_idle
 from submission.errors import OutputError
 from submission.output_folder import unfinished
 from submission.rounds import Rounds
@@ -62,13 +63,13 @@ def write_dataset(
     check: Callable[[float], None] = lambda _: None,
     *,
     alone: bool = True,
-) -> None:
+) -> float:
     """Writes `path` from `rounds` [R, classes, 3, H, W] and puts it in place whole, checked, or not at all.
 
     Class by class: the R generated images in round order, then copies, the first copy of every image before the second
     of any: at place j of a class stands round `j % R`, copy `j // R` (0 is the image itself). `check` is told often
     what fraction is done, and may raise AbandonedError to give up. With `alone` all cores are used, without it only
-    the calling thread. Raises OutputError.
+    the calling thread. Returns the seconds spent waiting for the disk. Raises OutputError.
     """
     task = recipe.task
     scratch = unfinished(path, threading.get_ident())
@@ -78,6 +79,7 @@ def write_dataset(
     # Chunks are made side by side, each on one thread: operations on so few pixels are not worth sharing out, and
     # where other processes compete for the cores, waiting for a share costs a hundred times the work itself.
     workers = min(MOST_WORKERS, torch.get_num_threads())
+    waited = 0.0
     try:
         skeleton = _skeleton(scratch, shape, recipe.dtype)
         with (
@@ -91,17 +93,22 @@ def write_dataset(
                 made = _in_order(pool, workers, chunks) if alone else (make() for make in chunks)
                 with archive.open(_aligned(name, archive), "w", force_zip64=True) as stream:
                     for number, images in enumerate(made):
+                        idle = seconds_idle()
                         stream.write(images.numpy().reshape(-1).view(np.uint8).data)
+                        waited += seconds_idle() - idle
                         check(share * (number + 1))
             archive.close()
+            idle = seconds_idle()
             with scratch.open("rb") as file:
                 os.fsync(file.fileno())
+            waited += seconds_idle() - idle
             if alone:
                 pool.submit(verify, scratch, recipe, check).result()
             else:
                 verify(scratch, recipe, check)
         check(1.0)
         scratch.replace(path)
+        return waited
     except OSError as error:
         needed = np.prod(shape) * recipe.dtype.itemsize
         raise OutputError(f"cannot write {path} ({error.strerror}): {needed / 1e6:,.0f} MB are needed there") from error

@@ -16,7 +16,7 @@ COMMON_SPREAD, OWN_SPREAD = 1.5, 0.5
 FILE_NOISE, FILE_NOISE_WEIGHT = 0.12, 4
 # Beyond the largest file seen, a deviation for every factor of e: files six times as large were seen to take 1.7 times
 # as long an image.
-EXTRAPOLATION = 0.22
+EXTRAPOLATION = 0.15
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from submission.crowding import ran_and_waited
 from submission.dataset_file import AbandonedError, Recipe, write_dataset
 from submission.estimates import Extent
 from submission.rounds import Rounds
@@ -54,11 +53,12 @@ class SnapshotWriter:
             if sys.platform == "linux":
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
             torch.set_num_threads(1)  # of this thread alone
-            began, busy, (_, waited) = time.perf_counter(), time.thread_time(), ran_and_waited("thread-self")
+            busy = time.thread_time()
             try:
-                write_dataset(path, rounds, recipe, check, alone=False)
-                took = time.perf_counter() - began - (ran_and_waited("thread-self")[1] - waited)
-                self._done = Snapshot(extent, took, time.thread_time() - busy)
+                waited = write_dataset(path, rounds, recipe, check, alone=False)
+                spent = time.thread_time() - busy
+                # Without what it waited for cores and for Python's own lock, which the last file need not share.
+                self._done = Snapshot(extent, spent + waited, spent)
                 then(extent)
             except AbandonedError:
                 pass
