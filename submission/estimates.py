@@ -16,7 +16,9 @@ COMMON_SPREAD, OWN_SPREAD = 1.5, 0.5
 FILE_NOISE, FILE_NOISE_WEIGHT = 0.12, 4
 # Beyond the largest file seen, a deviation for every factor of e: files six times as large were seen to take 1.7 times
 # as long an image.
-EXTRAPOLATION = 0.15
+EXTRAPOLATION = 0.22
+# Others on the machine come and go: where they make everything take twice as long, this much more is kept.
+CROWDING_DOUBT = 0.5
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ class FileCost:
         )
         beyond = EXTRAPOLATION * math.log(max(1.0, mean / self.largest)) if self.largest else 0.0
         deviation = math.sqrt(max(unknown, 0.0) + (self._noise() ** 2 + beyond**2) * mean**2)
-        return self.crowding * (mean + FILE_DEVIATIONS * deviation)
+        crowding = self.crowding * (1 + CROWDING_DOUBT * (self.crowding - 1))
+        return crowding * (mean + FILE_DEVIATIONS * deviation)
 
     def _alone(self, extent: Extent) -> float:
         # A factor may come out negative where files so far could not tell the parts from each other.

@@ -265,6 +265,7 @@ def announce(work: Work) -> None:
                 "images_per_second": round(pace, 2),
                 "generate_seconds": round(plan.generate, 2),
                 "finish_seconds": round(plan.finish, 2),
+                "crowding": round(scheduler.cost.crowding, 2),
             }
         )
         was = f" (was {before:.0f})" if before else ""
