@@ -17,8 +17,8 @@ FILE_NOISE, FILE_NOISE_WEIGHT = 0.12, 4
 # Beyond the largest file seen, a deviation for every factor of e: files six times as large were seen to take 1.7 times
 # as long an image.
 EXTRAPOLATION = 0.22
-# Others on the machine come and go: where they make everything take twice as long, this much more is kept.
-CROWDING_DOUBT = 0.5
+# Others on the machine come and go: where they make everything take twice as long, this much more again is kept.
+CROWDING_DOUBT = 0.25
 
 
 @dataclass(frozen=True)
