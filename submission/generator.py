@@ -1,5 +1,7 @@
 """Flat image numbers to pixels: task, checkpoint, sampler and decoder put together."""
 
+import math
+import time
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Literal
@@ -13,7 +15,6 @@ from submission import pipeline
 from submission.checkpoint import Checkpoint
 from submission.decoder import (
     CALIBRATION,
-    PIXELS_A_PASS,
     Decoder,
     Rung,
     choose_decoder,
@@ -94,10 +95,12 @@ def load_generator(
     seed: int,
     resolution: int | None,
     decoder: Rung | Literal["auto"] = "auto",
+    patience: float = math.inf,
 ) -> Generator:
     """Encodes all prompts, lets the text encoders go, loads UNet and VAE, and chooses the decoder.
 
-    `resolution` is the canvas in pixels; None takes the checkpoint's own. Raises UsageError or CheckpointError.
+    `resolution` is the canvas in pixels; None takes the checkpoint's own. `patience` is the seconds that choosing a
+    decoder may take. Raises UsageError or CheckpointError.
     """
     resolution = resolution or checkpoint.resolution_for(task.size)
     if resolution % checkpoint.resolution_step:
@@ -120,18 +123,28 @@ def load_generator(
     generator = Generator(task, seed, resolution, sampler, conditioning, prompt_of, vae, full_decoder(vae, task.size))
     if decoder != "vae":
         with log.phase("choose decoder"):
-            generator.decoder = choose_decoder(vae, _calibration_latents(generator, log), task.size, decoder)
-        measured = ", ".join(f"{rung} {decibels:.1f} dB" for rung, decibels in generator.decoder.fidelity.items())
-        log.say(f"decoder: {generator.decoder.rung} (fidelity to the full decode: {measured})")
+            _choose_decoder(generator, decoder, patience, log)
     return generator
 
 
-def _calibration_latents(generator: Generator, log: Log) -> Tensor:
-    """Latents of images spread over the first round: always the same ones, whatever the budget, since what is fitted to
-    them decides pixels."""
-    numbers = np.arange(CALIBRATION) * max(1, len(generator.task.classes) // CALIBRATION)
-    parts = np.array_split(numbers, -(-CALIBRATION * generator.resolution**2 // PIXELS_A_PASS))
-    return torch.cat([generator.latents(part, log) for part in parts])
+def _choose_decoder(generator: Generator, wanted: Rung | Literal["auto"], patience: float, log: Log) -> None:
+    """Finds the generator's decoder on images spread over the first round: always the same ones, since what is fitted
+    to them decides pixels. Where `auto` would take more than `patience` seconds, the VAE stays."""
+    size, classes = generator.task.size, len(generator.task.classes)
+    stride = max(1, classes // CALIBRATION)
+    latents = []
+    for number in range(0, stride * CALIBRATION, stride):
+        began = time.perf_counter()
+        latents.append(generator.latents(np.array([number]), log))
+        if wanted == "auto" and len(latents) <= 2:
+            decode(generator.decoder, latents[-1])
+            takes = CALIBRATION * (time.perf_counter() - began)
+            if len(latents) == 2 and takes > patience:  # not the first: it is slow
+                log.warn(f"no time to look for a faster decoder than the VAE: it would take about {takes:.0f} s")
+                return
+    generator.decoder = choose_decoder(generator.vae, torch.cat(latents), size, wanted)
+    measured = ", ".join(f"{rung} {decibels:.1f} dB" for rung, decibels in generator.decoder.fidelity.items())
+    log.say(f"decoder: {generator.decoder.rung} (fidelity to the full decode: {measured})")
 
 
 def _name(dtype: torch.dtype) -> str:

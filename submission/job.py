@@ -35,6 +35,8 @@ PROJECT = Path(__file__).resolve().parents[1]
 GUESSED_FIXED, GUESSED_VALUE, GUESSED_COPY = 0.1, 1e-8, 2e-8
 # The part of a disk's free space that the job may plan to fill.
 USABLE_ROOM = 0.95
+# The part of what is left of the budget that looking for a cheaper decoder may take.
+DECODER_SHARE = 0.2
 # A change of the planned rounds by this share is worth a line in the log, and so much of the budget lies between two.
 PLAN_CHANGE, PLAN_SPACING = 0.1, 0.02
 
@@ -62,6 +64,7 @@ def run(config: JobConfig, budget: Budget, log: Log, guard: Guard) -> None:
             seed=config.seed,
             resolution=config.resolution,
             decoder=config.decoder,
+            patience=DECODER_SHARE * budget.left,
         )
         scheduler = start_scheduler(config, budget, spool, log)
         work = Work(config, checkpoint, digests, generator, spool, scheduler, log, resumed=scheduler.images)

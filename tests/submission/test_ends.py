@@ -71,6 +71,25 @@ def kill(process: ForkServerProcess, number: signal.Signals) -> None:
     os.kill(process.pid, number)
 
 
+def test_a_longer_run_extends_a_shorter_one(tmp_path: Path) -> None:
+    outputs = [tmp_path / budget for budget in ("5s", "8s")]
+    for output in outputs:
+        assert end(forked.start(output, "--budget", output.name, "--aug-per-image", "0", *NO_CAP)) == 0, said(output)
+    short, long = (check_file(output).unflatten(0, (100, -1)) for output in outputs)  # type: ignore[no-untyped-call]
+    common = min(short.shape[1], long.shape[1])
+    std = torch.tensor(TASK.std).view(3, 1, 1)
+    assert ((short[:, :common] - long[:, :common]).abs() * std * 255).max() < 1.5, "one 8-bit level"
+
+
+def test_every_image_gets_its_copies_where_the_cap_leaves_room(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = start_and_wait(output, *NO_CAP)
+    kill(process, signal.SIGTERM)
+    assert end(process) == 0, said(output)
+    manifest = manifest_of(output)
+    assert manifest["ipc"] == 5 * manifest["rounds"], "every image and its four copies"
+
+
 @pytest.mark.parametrize("trials", [8, pytest.param(50, marks=pytest.mark.long)])
 def test_a_job_killed_at_any_moment_leaves_a_whole_file(tmp_path: Path, trials: int) -> None:
     def trial(seed: int) -> None:

@@ -69,26 +69,10 @@ def test_images_do_not_depend_on_the_batch_size(run: Run) -> None:
     assert levels(run("--seed", "1", output="other"), by_one) > 1
 
 
-def test_a_longer_run_extends_a_shorter_one(run: Run, tmp_path: Path) -> None:
-    options = ("--aug-per-image", "0", "--max-ipc", "100000")
-    short = run(*options, "--budget", "6s", output="short")
-    long = run(*options, "--budget", "10s", output="long")
-    assert 0 < short.shape[1] < long.shape[1]
-    assert levels(long[:, : short.shape[1]], short) <= 1
-
-
 def test_more_copies_and_a_higher_cap_keep_the_generated_images(run: Run) -> None:
     few = run("--max-ipc", "4", "--aug-per-image", "0", output="few")
     many = run("--max-ipc", "6", "--pda", "paper", output="many")
     assert levels(many[:, :4], few) <= 1
-
-
-def test_every_image_gets_its_copies_when_the_cap_leaves_room(run: Run, tmp_path: Path) -> None:
-    images = run("--budget", "6s", "--max-ipc", "100000", output="copies")
-    rounds = json.loads((tmp_path / "copies/tiny.json").read_text())["rounds"]
-    assert images.shape[1] == 5 * rounds, "every image and its four copies"
-    plain = run("--pda", "none", "--max-ipc", "1", output="plain")
-    assert levels(images[:, :1], plain) <= 1 < levels(images[:, rounds : rounds + 1], plain)
 
 
 def test_prompt_styles_make_different_images(run: Run, task_file: Path) -> None:
