@@ -219,7 +219,7 @@ def score_task(job: Job, schedule: Schedule, runs: int, device: torch.device) ->
         net = ConvNet(len(job.task.classes), job.task.size).to(device)
         progress = Progress(f"{job.task.name} run {run + 1}/{runs}", steps, schedule.images_a_step(len(train_labels)))
         train(net, train_images, train_labels, schedule, progress.step)
-        measure = assess(net, job.test.images, job.test.labels, schedule.batch_size)
+        measure = assess(net, job.test.images, job.test.labels, schedule.batch_size).measure
         accuracies.append(measure.accuracy)
         print(f"{progress.name}: accuracy {measure.accuracy:.4f} on the test images after {progress.spent}", flush=True)
     return Score(job, accuracies, steps)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from tools import dsa
 from tools.convnet import ConvNet
 
+BATCH_SIZE = 256
 LEARNING_RATE = 0.01
 RESTART_FACTOR = 0.1
 MOMENTUM = 0.9
@@ -33,7 +34,7 @@ class Schedule:
 
     epochs: int = 1000  # number of the last epoch; they count from 0, so there is one more of them
     max_steps: int | None = None  # a shorter run: this many SGD steps, with the restart at half of them
-    batch_size: int = 256
+    batch_size: int = BATCH_SIZE
 
     def steps(self, images: int) -> int:
         """SGD steps of a run on that many images."""
@@ -77,12 +78,21 @@ def keep_freed_memory() -> None:
         mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
+@dataclass(frozen=True)
+class Tested:
+    """What a network makes of a test set."""
+
+    measure: Measure
+    predictions: torch.Tensor  # int64 [N] on the CPU, the class of each image in the set's order
+
+
 def train(
     net: ConvNet,
     images: torch.Tensor,
     labels: torch.Tensor,
     schedule: Schedule,
     on_step: Callable[[int, Measure], None] = lambda step, measure: None,
+    forward: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> list[Measure]:
     """Train the network in place; the measure of each epoch, taken in passing on augmented images.
 
@@ -92,6 +102,8 @@ def train(
         labels: int64 [N], on the device of the images.
         schedule: how long; a run that it stops inside an epoch has a last measure of the part done.
         on_step: told the number of steps done and the measure of the batch, after each step.
+        forward: called for the logits in the net's place, on at most `schedule.batch_size` images; its gradients
+            have to arrive in the net's parameters. The random numbers drawn are the same.
     """
     steps, restart = schedule.steps(len(images)), schedule.restart(len(images))
     device = next(net.parameters()).device
@@ -104,7 +116,7 @@ def train(
         batches = []
         for indices in order:
             inputs, targets = images[indices].to(device, torch.float32), labels[indices].to(device)
-            measure = _step(net, optimiser, dsa.augment(inputs), targets)
+            measure = _step(forward or net, optimiser, dsa.augment(inputs), targets)
             done += 1
             if done == restart:
                 optimiser = _sgd(net, LEARNING_RATE * RESTART_FACTOR)
@@ -117,19 +129,21 @@ def train(
 
 
 @torch.no_grad()
-def assess(net: ConvNet, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 256) -> Measure:
-    """Mean loss and accuracy on the images as they are; arguments as for `train`.
+def assess(net: ConvNet, images: torch.Tensor, labels: torch.Tensor, batch_size: int = BATCH_SIZE) -> Tested:
+    """Predictions, mean loss and accuracy on the images as they are; arguments as for `train`.
 
     The order is random, as the reference's is: it matters to the random numbers that the next run gets.
     """
     device = next(net.parameters()).device
     net.eval()
     batches = []
+    predictions = torch.empty(len(images), dtype=torch.int64)
     for indices in _random_order(len(images), batch_size):
         logits, targets = net(images[indices].to(device, torch.float32)), labels[indices].to(device)
         measure = Measure(F.cross_entropy(logits, targets).item(), _accuracy(logits, targets))
         batches.append((len(indices), measure))
-    return _mean(batches)
+        predictions[indices] = logits.argmax(dim=1).cpu()
+    return Tested(_mean(batches), predictions)
 
 
 def _random_order(images: int, batch_size: int) -> DataLoader[torch.Tensor]:
@@ -141,10 +155,15 @@ def _random_order(images: int, batch_size: int) -> DataLoader[torch.Tensor]:
     return DataLoader(range(images), batch_size, shuffle=True, collate_fn=torch.tensor)  # type: ignore[arg-type]
 
 
-def _step(net: ConvNet, optimiser: torch.optim.SGD, images: torch.Tensor, labels: torch.Tensor) -> Measure:
+def _step(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    optimiser: torch.optim.SGD,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+) -> Measure:
     """One step of SGD on the mean cross entropy of a batch."""
     optimiser.zero_grad()
-    logits = net(images)
+    logits = forward(images)
     loss = F.cross_entropy(logits, labels)
     loss.backward()  # type: ignore[no-untyped-call]
     optimiser.step()
