@@ -63,7 +63,7 @@ def train_critics(images: LabelledImages, task: Task, seed: int) -> list[dict[st
 
 
 def quick(network: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A network's forward pass compiled, in bf16 where torch's autocast finds that safe: four times as fast."""
+    """A network's forward pass compiled, in bf16 where torch's autocast finds that safe: for speed on a CPU."""
     compiled = torch.compile(network)
 
     def forward(images: Tensor) -> Tensor:
@@ -101,7 +101,8 @@ def make_judge(task: Task, weights: list[dict[str, Any]]) -> Judge:
 def judge_pictures(judge: Judge, made: Tensor, real: Tensor, classes: Tensor, generator: torch.Generator) -> Judgement:
     """What one critic, drawn at random, thinks of made and real pictures of `classes`, `[C, m, 3, SQUARE, SQUARE]`.
 
-    Pixels are in -1..1. Both go through the same operation of the evaluator's augmentation.
+    Pixels are in -1..1. Both go through the same operation of the evaluator's augmentation. Gradients have to be taken
+    before the next judgement, which puts other weights into the same network.
     """
     age, seed = (int(torch.randint(most, (), generator=generator)) for most in (len(judge.weights), 2**31))
     judge.network.load_state_dict(judge.weights[age])

@@ -60,10 +60,10 @@ TURNS = ("cifar100", "tinyimagenet")
 ONE_STEP_RATE = 1.5e-3
 # How often a class is asked for in each style. `described` is the default; `diverse` has eight phrasings to learn.
 STYLE_SHARES: dict[PromptStyle, float] = {"label": 0.15, "described": 0.6, "diverse": 0.25}
-REGRESSION_SHARE = 0.25  # of the steps, before critics judge as well
+REGRESSION_SHARE = 0.2  # of the steps, before critics judge as well
 MEAN_WEIGHT = 2.0  # of the error of a class's mean among the errors of its samples, where it would be lost
-ENERGY_WEIGHT = 1.0
-LABEL_WEIGHT = 0.02
+ENERGY_WEIGHT = 2.0
+LABEL_WEIGHT = 0.04
 
 WARM_UP = 50  # steps
 CLIP_NORM = 1.0
