@@ -62,8 +62,9 @@ ONE_STEP_RATE = 1.5e-3
 STYLE_SHARES: dict[PromptStyle, float] = {"label": 0.15, "described": 0.6, "diverse": 0.25}
 REGRESSION_SHARE = 0.2  # of the steps, before critics judge as well
 MEAN_WEIGHT = 2.0  # of the error of a class's mean among the errors of its samples, where it would be lost
-ENERGY_WEIGHT = 2.0
-LABEL_WEIGHT = 0.04
+ANCHOR_WEIGHT = 0.5  # of the Gaussian when the judging begins; it falls to nothing
+ENERGY_WEIGHT = 5.0
+LABEL_WEIGHT = 0.3
 
 WARM_UP = 50  # steps
 CLIP_NORM = 1.0
@@ -325,7 +326,11 @@ def train_one_step(
         if judged >= 0:
             pictures, originals = same_square(networks, made, batch.real, progress.generator)
             judgement = judge_pictures(judges[name], pictures, originals, batch.classes, progress.generator)
-            loss = (1 - judged) * loss + ENERGY_WEIGHT * judgement.energy + LABEL_WEIGHT * judgement.cross_entropy
+            loss = (
+                ANCHOR_WEIGHT * (1 - judged) * loss
+                + ENERGY_WEIGHT * judgement.energy
+                + LABEL_WEIGHT * judgement.cross_entropy
+            )
             losses |= {"energy": judgement.energy.item(), "accuracy": judgement.accuracy}
         update(optimiser, loss)
         record(options, progress, **{f"{name}_{kind}": value for kind, value in losses.items()})
