@@ -1,7 +1,7 @@
-"""The deadline clock, the throughput estimate and the plan. Pure Python: seconds in, decisions out.
+"""The deadline clock and the plan. Pure Python: seconds in, decisions out.
 
 The rule behind everything here: at any moment, attempt the largest whole number of rounds whose remaining images,
-at a cautious pace, and whose file, at its measured cost, still fit into the time left.
+at a cautious pace, and whose file, at its cautious cost, still fit into the time left.
 """
 
 import math
@@ -11,29 +11,35 @@ from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from submission.batch_size import BatchSize
 from submission.errors import BudgetError, UsageError
+from submission.estimates import Extent, FileCost, Pace
 
-# Seconds kept back for what comes after the file is in place: contact sheet, manifest, exit.
-CLOSING_SECONDS = 2.0
-# Writing is extrapolated from a smaller file, on a disk and cores shared with others: files six times as large were
-# seen to take 1.7 times as long an image.
-FINISH_CAUTION = 2.0
-# A larger file replaces the one in place when the rounds have grown by this factor since, and writing it is expected
-# to take at most this share of the time left. After the first, all of
-# them together then cost less than 3% of the budget.
-SNAPSHOT_GROWTH, SNAPSHOT_SHARE = 4, 0.02
-# The pace is the mean of recent batches; the bound adds this many standard deviations of a batch.
-PACE_DEVIATIONS = 2.0
-# Weight of the newest batch in the running mean: about the last ten batches count.
-PACE_WEIGHT = 0.2
-# A larger batch is preferred only where it makes images faster by at least this factor.
-BATCH_GAIN = 1.03
-# Batches timed at each size.
-BATCH_TRIALS = 3
+# Seconds and share of the budget kept back for what comes after the last file: manifest, exit, surprises.
+CLOSING_SECONDS, CLOSING_SHARE = 0.5, 0.003
+# With less than this left, nothing is waited for any more: what is on disk has to do. A process with much memory or a
+# GPU takes its time to go.
+LAST_SECONDS, LAST_SHARE = 0.4, 0.0015
+# Seconds in which a job that was told to stop is gone: containers are given ten.
+GRACE_SECONDS = 6.5
+# A snapshot is due when the rounds have grown by the factor since the last one, and all of them together take no more
+# from generation than the share: of the time so far for a small step, of the whole budget for a large one, and of the
+# whole budget for the last, which is made with `LAST_STEP_AT` of it left: it has to do where the disk is too slow
+# for the last file. They may take 3% in all; the rest is for what their estimates lack.
+SMALL_STEP, SMALL_STEP_SHARE = 1.25, 0.004
+LARGE_STEP, LARGE_STEP_SHARE = 2.5, 0.008
+LAST_STEP, LAST_STEP_SHARE, LAST_STEP_AT = 1.05, 0.018, 0.08
+# Where that does not pay for all there is, a part will do that is so much better than the one in place.
+LAST_PART = 1.5
+# What a snapshot gets of a core that generation wants, too.
+SNAPSHOT_CORE = 0.25
+# While the last file is written, what was expected of it counts as if so much of it were seen: its first moments say
+# little. It is given up only for one so much better than the one in place.
+WATCH_TRUST, WATCH_GAIN = 0.15, 1.1
 # Batches measured before a budget is called too small: the first ones are slow.
 BATCHES_BEFORE_GIVING_UP = 3
-# No trial batch may be expected to take more than this share of the time left.
-BATCH_TRIAL_SHARE = 0.02
+# A batch that takes this many times as long as expected, and this many seconds longer, is an outage and no pace.
+STALL_FACTOR, STALL_SECONDS = 5.0, 1.0
 
 
 def parse_seconds(text: str) -> float:
@@ -64,6 +70,11 @@ class Budget:
     def left(self) -> float:
         return self.seconds - self.elapsed
 
+    @property
+    def last(self) -> float:
+        """Seconds before the deadline at which the process has to go, whatever it is doing."""
+        return LAST_SECONDS + LAST_SHARE * self.seconds
+
 
 def start_budget(seconds: float, *epochs: float | None) -> Budget:
     """The budget that began at the earliest of `epochs` (Unix seconds; None and the future are passed over).
@@ -88,42 +99,9 @@ class Shape:
     def ipc(self, rounds: int) -> int:
         return min(self.cap, rounds * (1 + self.copies))
 
-
-@dataclass(frozen=True)
-class FinishCost:
-    """What writing a file costs, in seconds: `fixed` whatever its size, and `per_image` in it, copy or not."""
-
-    fixed: float
-    per_image: float
-
-    def writing(self, rounds: int, shape: Shape) -> float:
-        """Seconds to write a file of so many rounds; never falls as they grow."""
-        return self.fixed + self.per_image * shape.classes * shape.ipc(rounds)
-
-    def seconds(self, rounds: int, shape: Shape) -> float:
-        """Cautious seconds from the last image to the end of the process."""
-        return FINISH_CAUTION * self.writing(rounds, shape) + CLOSING_SECONDS
-
-
-@dataclass
-class Pace:
-    """Seconds an image, as a running mean over batches with its deviation (exponential weights)."""
-
-    mean: float = 0.0
-    variance: float = 0.0
-    batches: int = 0
-
-    def observe(self, images: int, seconds: float) -> None:
-        self.batches += 1
-        weight = max(PACE_WEIGHT, 1 / self.batches)
-        surprise = seconds / images - self.mean
-        self.mean += weight * surprise
-        self.variance = (1 - weight) * (self.variance + weight * surprise**2) if self.batches > 1 else 0.0
-
-    def bound(self, images: int, batch_size: int) -> float:
-        """Cautious seconds for so many images: deviations of independent batches add up as their square root."""
-        batches = images / batch_size
-        return images * self.mean + PACE_DEVIATIONS * batch_size * math.sqrt(self.variance * batches)
+    def extent(self, rounds: int) -> Extent:
+        """The file of so many rounds with all their copies."""
+        return Extent(rounds, self.ipc(rounds))
 
 
 @dataclass(frozen=True)
@@ -136,141 +114,221 @@ class Plan:
     finish: float
 
 
-def make_plan(left: float, images_done: int, batch_size: int, pace: Pace, cost: FinishCost, shape: Shape) -> Plan:
+def make_plan(
+    left: float, images_done: int, batch_size: int, pace: Pace, finish: Callable[[Extent], float], shape: Shape
+) -> Plan:
     """The largest plan that fits into `left` seconds, given `images_done` so far, counted across rounds.
 
-    Its `rounds` never lie below the whole rounds already done; equal to them means: stop generating, finish now.
+    `finish` says how many seconds to keep for a file. The plan's `rounds` never lie below the whole rounds already
+    done; equal to them means: stop generating, finish now.
     """
 
     def generate(rounds: int) -> float:
         return pace.bound(max(0, rounds * shape.classes - images_done), batch_size)
 
     def total(rounds: int) -> float:
-        return generate(rounds) + cost.seconds(rounds, shape)
+        return generate(rounds) + finish(shape.extent(rounds))
 
     done = images_done // shape.classes
     beyond = range(done + 1, max(shape.cap, done) + 1)
     rounds = done + bisect_right(beyond, left, key=total)
-    return Plan(rounds, shape.ipc(rounds), generate(rounds), cost.seconds(rounds, shape))
-
-
-@dataclass
-class BatchSize:
-    """Finds the batch size while real batches are generated, so that no trial is wasted: doubles while that pays.
-
-    A `fixed` size is taken as it is. Sizes are tried from 1 up to `limit`, each `BATCH_TRIALS` times, the best
-    time counting: the first use of a size is slow (kernels are chosen), and a stall must not decide.
-    """
-
-    fixed: int | None = None
-    limit: int = 1024
-    current: int = 1
-    settled: bool = False
-    seconds_per_image: dict[int, float] = field(default_factory=dict)
-    trials: int = 0
-
-    def __post_init__(self) -> None:
-        if self.fixed is not None:
-            self.current, self.settled = self.fixed, True
-
-    def observe(self, seconds: float, left: float) -> None:
-        """Takes the time of a batch of the current size, and what is left of the budget, both in seconds."""
-        if self.settled:
-            return
-        self.trials += 1
-        known = self.seconds_per_image
-        known[self.current] = min(seconds / self.current, known.get(self.current, seconds))
-        affordable = BATCH_TRIAL_SHARE * left
-        if self.trials < BATCH_TRIALS and seconds < affordable:
-            return
-        fastest = min(known.values())
-        best = min(size for size in known if known[size] <= BATCH_GAIN * fastest)
-        doubled = 2 * self.current
-        # One doubling without gain is forgiven, so that noise between two sizes does not end the search.
-        if doubled <= self.limit and doubled * known[self.current] < affordable and self.current <= 2 * best:
-            self.current, self.trials = doubled, 0
-        else:
-            self.current, self.settled = best, True
-
-    def out_of_memory(self) -> None:
-        """The current size does not fit: settle on half of it."""
-        self.current, self.settled = max(1, self.current // 2), True
+    return Plan(rounds, shape.ipc(rounds), generate(rounds), finish(shape.extent(rounds)))
 
 
 @dataclass
 class Scheduler:
-    """Measures and decides: the size of the next batch, how many rounds to expect, when to stop.
+    """Measures and decides: the size of the next batch, when a snapshot is due, when to stop, what to write last.
 
     It goes on while the fastest pace seen could still complete a round (trying costs nothing) and the cautious pace
-    leaves time to write what is there (being late costs everything). `cost` may be replaced once a file has been
-    written and timed.
+    leaves time to write what is there. `in_place` is what the file on disk holds, `spent` the seconds that snapshots
+    have taken from generation.
     """
 
     budget: Budget
     shape: Shape
-    cost: FinishCost
+    cost: FileCost
     batch: BatchSize
     pace: Pace = field(default_factory=Pace)
     fastest: float = math.inf
     images: int = 0
     batches: int = 0
+    in_place: Extent | None = None
+    spent: float = 0.0
+    stalled: bool = False
+    hurried_end: float = math.inf
 
     @property
     def rounds(self) -> int:
         """Whole rounds done."""
         return self.images // self.shape.classes
 
+    @property
+    def left(self) -> float:
+        """Seconds to the deadline, or to the end of the grace that a signal left."""
+        return min(self.budget.left, self.hurried_end - self.budget.elapsed)
+
+    def hurry(self) -> None:
+        """The job was told to stop."""
+        self.hurried_end = min(self.hurried_end, self.budget.elapsed + GRACE_SECONDS)
+
+    @property
+    def closing(self) -> float:
+        """Seconds that should still be left when the last file is in place."""
+        return CLOSING_SECONDS + (0.0 if math.isfinite(self.hurried_end) else CLOSING_SHARE * self.budget.seconds)
+
+    @property
+    def last(self) -> float:
+        """Seconds left at which the process has to go, whatever it is doing."""
+        return LAST_SECONDS if math.isfinite(self.hurried_end) else self.budget.last
+
+    def finish(self, extent: Extent) -> float:
+        """Cautious seconds from the last image of such a file to the deadline."""
+        return self.cost.bound(extent) + self.closing
+
     def next_batch(self) -> int:
         """How many images to generate next, 0 where it is time to write. Raises BudgetError if no round can be done."""
         full = min(self.batch.current, self.shape.cap * self.shape.classes - self.images)
         if self.rounds == 0 and self.batches < BATCHES_BEFORE_GIVING_UP:
             return full
+        if not self.batches:  # resumed: there is no pace yet
+            return full if self.finish(self.shape.extent(self.rounds)) <= self.left else 0
         missing = self.shape.classes - self.images % self.shape.classes
-        hopeful = self.fastest * missing + self.cost.seconds(self.rounds + 1, self.shape)
+        hopeful = self.fastest * missing + self.finish(self.shape.extent(self.rounds + 1))
         for size in (full, min(full, missing)):
-            rounds_after = (self.images + size) // self.shape.classes
-            cautious = self.pace.bound(size, self.batch.current) + self.cost.seconds(rounds_after, self.shape)
-            if max(hopeful, cautious) <= self.budget.left:
+            after = self.shape.extent((self.images + size) // self.shape.classes)
+            cautious = self.pace.bound(size, self.batch.current) + self.finish(after)
+            if max(hopeful, cautious) <= self.left:
                 return size
         if self.rounds == 0:
-            raise self._too_small()
+            raise self.too_small()
         return 0
 
-    def file_due(self, written: int) -> bool:
-        """Whether to write what is there now, the file in place holding `written` rounds.
+    def observe(self, images: int, seconds: float, *, disturbed: bool = False) -> bool:
+        """Takes a batch that is done: how many images, and how long they took. True where it was an outage.
 
-        The first round is written at once: from then on a complete file is in place and its cost is known. Raises
-        BudgetError where there is no time left even for that.
+        One outage says nothing of the pace; two in a row are a new pace. A batch `disturbed` by a snapshot in the
+        making says nothing of its size.
         """
-        if written:
-            affordable = self.cost.writing(self.rounds, self.shape) <= SNAPSHOT_SHARE * self.budget.left
-            return self.rounds >= SNAPSHOT_GROWTH * written and affordable
-        if self.rounds and self.budget.left < self.cost.seconds(self.rounds, self.shape):
-            raise self._too_small()
-        return self.rounds > 0
-
-    def observe(self, images: int, seconds: float) -> None:
-        """Takes a batch that is done: how many images, and how long they took."""
         self.images += images
         self.batches += 1
         self.fastest = min(self.fastest, seconds / images)
+        expected = images * self.pace.mean
+        outage = self.pace.batches > 0 and seconds > max(STALL_FACTOR * expected, expected + STALL_SECONDS)
+        self.stalled, repeated = outage, self.stalled
+        if outage and not repeated:
+            return True
         if not self.batch.settled:
-            self.batch.observe(seconds, self.budget.left)
+            if not disturbed:
+                self.batch.observe(seconds, self.left)
             self.pace = Pace(mean=self.fastest, batches=1)
         elif images == self.batch.current:  # a smaller one would look slow: every batch has a fixed cost
             self.pace.observe(images, seconds)
+        return outage
+
+    def snapshot(self) -> Extent | None:
+        """What to write now beside generation, if anything: the first round at once, then larger files as they pay."""
+        extent = self.shape.extent(self.rounds)
+        if not self.rounds or self.in_place is None:
+            return extent if self.rounds else None
+        growth = extent.rounds / self.in_place.rounds
+        if self._takes(extent) + LAST_STEP_AT * self.budget.seconds > self.left and growth >= LAST_STEP:
+            fund = LAST_STEP_SHARE * self.budget.seconds
+            if self.spent + self.cost.bound(extent) > fund:
+                extent = self._part(self._fitting(fund - self.spent))
+                if extent.ipc < LAST_PART * self.in_place.ipc:
+                    return None
+        elif growth >= LARGE_STEP:
+            fund = LARGE_STEP_SHARE * self.budget.seconds
+        elif growth >= SMALL_STEP:
+            fund = SMALL_STEP_SHARE * self.budget.elapsed
+        else:
+            return None
+        # One that could not be finished in time would be abandoned for the last file.
+        in_time = self._takes(extent) <= self.left - self.finish(self.shape.extent(self.rounds))
+        return extent if in_time and self.spent + self.cost.bound(extent) <= fund else None
+
+    def wrote(self, extent: Extent, seconds: float, spent: float) -> None:
+        """Takes a snapshot that is in place: what it would have taken alone, and what it took from generation."""
+        self.in_place = extent
+        self.spent += spent
+        self.cost.observe(extent, seconds)
+
+    def last_file(self) -> Extent | None:
+        """What to write last: all there is if it is expected to fit, else what surely does; None where the file in
+        place is no worse. With none in place, it is tried whatever the time."""
+        extent = self.shape.extent(self.rounds)
+        if self.cost.mean(extent) > self._for_writing:
+            extent = self._part(max(1, self._fitting(self._for_writing)))
+        if self.in_place and (extent.ipc, extent.rounds) <= (self.in_place.ipc, self.in_place.rounds):
+            return None
+        return extent
+
+    def too_slow(self, extent: Extent, began: float, fraction: float) -> bool:
+        """Whether to give up the last file, begun at `began` seconds and done to `fraction`: it will not be done in
+        time, and a smaller one, yet better than the one in place, will.
+
+        What files cost now is then taken from it, so that `last_file` can be asked again.
+        """
+        spent, time, expected = self.budget.elapsed - began, self.left - self.last, self.cost.mean(extent)
+        takes = (spent + WATCH_TRUST * expected) / (fraction + WATCH_TRUST)
+        if time > 0 and takes * (1 - fraction) <= time:
+            return False
+        slower = max(1.0, takes / expected)
+        in_place = self.in_place.ipc if self.in_place else 0
+        if time > 0 and self._fitting(self._for_writing / slower) <= WATCH_GAIN * in_place:
+            return False
+        self.cost.rescale(slower)
+        return True
+
+    def overdue(self) -> bool:
+        """Whether the last file, of the rounds there are, should have been begun by now."""
+        return self.rounds > 0 and self.left < self.least_reserve()
+
+    def least_reserve(self) -> float:
+        """Seconds that should be left when the last file is begun, at the very least."""
+        extent = self.shape.extent(self.rounds)
+        return (self.cost.mean(extent) + self.cost.bound(extent)) / 2 + self.closing
+
+    def late(self) -> bool:
+        """Whether the process has to go now."""
+        return self.left <= self.last
 
     def plan(self) -> Plan:
         """The rounds to expect from here on."""
-        return make_plan(self.budget.left, self.images, self.batch.current, self.pace, self.cost, self.shape)
+        return make_plan(self.left, self.images, self.batch.current, self.pace, self.finish, self.shape)
 
-    def _too_small(self) -> BudgetError:
+    def too_small(self) -> BudgetError:
+        """Says that the budget cannot hold one round, and what would."""
+        if not self.batches:
+            return BudgetError(
+                f"a budget of {self.budget.seconds:g} s cannot hold one round: it is over before the first of "
+                f"{math.ceil(self.shape.classes / self.batch.current)} batches is done; try --budget "
+                f"{math.ceil(2 * self.budget.seconds)}s or --batch-size 1"
+            )
         start = self.budget.elapsed - self.images * self.pace.mean
         generate = self.pace.mean * self.shape.classes
-        finish = self.cost.seconds(1, self.shape)
+        finish = self.finish(self.shape.extent(1))
         needed = start + generate + finish
         return BudgetError(
             f"a budget of {self.budget.seconds:g} s cannot hold one round: {self.shape.classes} images need about "
             f"{needed:.0f} s here ({start:.1f} to start, {generate:.1f} to generate, {finish:.1f} to write); "
             f"try --budget {math.ceil(1.2 * needed)}s"
         )
+
+    @property
+    def _for_writing(self) -> float:
+        """Seconds that the last file may be planned to take: not quite to the last."""
+        return self.left - (self.closing + self.last) / 2
+
+    def _takes(self, extent: Extent) -> float:
+        """Cautious seconds for a snapshot."""
+        return self.cost.bound(extent) / SNAPSHOT_CORE
+
+    def _fitting(self, time: float) -> int:
+        """The most images a class that can cautiously be written in so many seconds."""
+        most = range(1, self.shape.ipc(self.rounds) + 1)
+        return bisect_right(most, time, key=lambda ipc: self.cost.bound(self._part(ipc)))
+
+    def _part(self, ipc: int) -> Extent:
+        """The file of so many images a class, of all rounds there are."""
+        return Extent(min(self.rounds, ipc), ipc)

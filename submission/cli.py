@@ -2,16 +2,15 @@
 
 import argparse
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from submission.budget import parse_seconds, start_budget
+from submission.budget import Budget, parse_seconds, start_budget
 from submission.errors import BankoError
-from submission.tasks import builtin_names, load_task
+from submission.guard import Guard
+from submission.tasks import Task, builtin_names, load_task
 
 EXAMPLES = """examples:
   ./run.sh cifar100                              ten minutes, embedded model without a GPU, SDXL-Turbo with one
@@ -72,6 +71,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="bare class names, descriptions, or descriptions in phrasings taken in turn (default: described)",
     )
     parser.add_argument(
+        "--decoder",
+        choices=("auto", "linear", "pooled", "vae"),
+        default="auto",
+        help="latents to pixels: a map fitted to the VAE, the VAE on pooled latents, the VAE itself; auto takes the "
+        "first of them whose pixels keep 30 dB of peak signal-to-noise ratio to the VAE's (default: auto)",
+    )
+    parser.add_argument(
         "--max-ipc", type=number_from(1), metavar="N", help="most images a class in the file (default: the task's, 500)"
     )
     parser.add_argument("--seed", type=number_from(0), default=0, metavar="N", help="0 or more (default: 0)")
@@ -82,6 +88,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--dtype", choices=("float32", "float16"), default="float32", help="of the file (default: float32)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the rounds that an interrupted run left in DIR"
+    )
     parser.add_argument("--log", choices=("plain", "rich", "json"), help="default: rich on a terminal, plain otherwise")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -102,10 +111,16 @@ def main(arguments: Sequence[str] | None = None, process_start: float | None = N
 def _run(options: argparse.Namespace, process_start: float) -> int:
     task = load_task(options.task)
     budget = start_budget(parse_seconds(options.budget), process_start, options.started_at)
-    stop = _stop_on_signals()
+    with Guard(budget) as guard:
+        _run_job(options, task, budget, guard)
+    return 0
+
+
+def _run_job(options: argparse.Namespace, task: Task, budget: Budget, guard: Guard) -> None:
     # These take seconds to import, and wrong usage should be said at once.
-    from submission.job import JobConfig, run  # noqa: PLC0415
+    from submission.job import run  # noqa: PLC0415
     from submission.progress import Log, default_style  # noqa: PLC0415
+    from submission.work import JobConfig  # noqa: PLC0415
 
     config = JobConfig(
         task=task,
@@ -115,31 +130,19 @@ def _run(options: argparse.Namespace, process_start: float) -> int:
         copies=options.aug_per_image,
         pda=options.pda,
         prompts=options.prompts,
+        decoder=options.decoder,
         cap=options.max_ipc or task.max_ipc,
         seed=options.seed,
         batch_size=options.batch_size,
         dtype=options.dtype,
         device=options.device,
+        resume=options.resume,
     )
     log = Log(options.log or default_style(), budget)
     try:
-        run(config, budget, log, stop)
+        run(config, budget, log, guard)
     finally:
         log.close()
-    return 0
-
-
-def _stop_on_signals() -> threading.Event:
-    """An event that SIGTERM and SIGINT set; a second signal has its usual effect, at once."""
-    stop = threading.Event()
-
-    def handle(number: int, frame: object) -> None:
-        stop.set()
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handle)
-    return stop
 
 
 def number_from(low: int) -> Callable[[str], int]:

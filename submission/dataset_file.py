@@ -4,11 +4,14 @@ The file is what `torch.save` would write for one float tensor [classes * IPC, 3
 with `weights_only=True` and can map it. It is streamed, so that memory does not grow with it.
 """
 
+import errno
 import os
+import threading
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,12 +24,16 @@ from torch.serialization import skip_data
 
 from submission.augment import PdaStyle, augment
 from submission.errors import OutputError
+from submission.output_folder import unfinished
+from submission.rounds import Rounds
 from submission.tasks import Task
 
 # Pixels held as floats at a time while writing or verifying: 12 MB, whatever the size of the file.
 PIXELS_A_CHUNK = 1 << 20
 # Chunks made at the same time at most: each takes some 50 MB on the way, and one disk takes no more.
 MOST_WORKERS = 8
+# The part of the time that goes into reading the file back: progress is told in one fraction for both.
+VERIFYING = 0.25
 # Slack for float16's rounding of normalised pixels, which are below 4.
 ROUNDING = 0.01
 # A whole file with less standard deviation in a channel, or a mean closer to black or white, holds no photographs.
@@ -44,53 +51,76 @@ class Recipe:
     dtype: torch.dtype
 
 
-def write_dataset(path: Path, rounds: NDArray[np.uint8], recipe: Recipe) -> None:
+class AbandonedError(Exception):
+    """Raised by a caller's `check` to give up a file that is being written."""
+
+
+def write_dataset(
+    path: Path,
+    rounds: NDArray[np.uint8] | Rounds,
+    recipe: Recipe,
+    check: Callable[[float], None] = lambda _: None,
+    *,
+    alone: bool = True,
+) -> None:
     """Writes `path` from `rounds` [R, classes, 3, H, W] and puts it in place whole, checked, or not at all.
 
     Class by class: the R generated images in round order, then copies, the first copy of every image before the second
-    of any: at place j of a class stands round `j % R`, copy `j // R` (0 is the image itself). Raises OutputError.
+    of any: at place j of a class stands round `j % R`, copy `j // R` (0 is the image itself). `check` is told often
+    what fraction is done, and may raise AbandonedError to give up. With `alone` all cores are used, without it only
+    the calling thread. Raises OutputError.
     """
     task = recipe.task
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    scratch = unfinished(path, threading.get_ident())
     shape = (len(task.classes) * recipe.ipc, 3, task.size, task.size)
+    chunks = _chunks(rounds, recipe)
+    share = (1 - VERIFYING) / -(-shape[0] // _chunk_size(task))
     # Chunks are made side by side, each on one thread: operations on so few pixels are not worth sharing out, and
     # where other processes compete for the cores, waiting for a share costs a hundred times the work itself.
     workers = min(MOST_WORKERS, torch.get_num_threads())
     try:
-        skeleton = _skeleton(unfinished, shape, recipe.dtype)
+        skeleton = _skeleton(scratch, shape, recipe.dtype)
         with (
             ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-            zipfile.ZipFile(unfinished, "w") as archive,
+            zipfile.ZipFile(scratch, "w") as archive,
         ):
             for name, content in skeleton.items():
                 if content is not None:
                     archive.writestr(name, content)
                     continue
+                made = _in_order(pool, workers, chunks) if alone else (make() for make in chunks)
                 with archive.open(_aligned(name, archive), "w", force_zip64=True) as stream:
-                    for images in _in_order(pool, workers, _chunks(rounds, recipe)):
+                    for number, images in enumerate(made):
                         stream.write(images.numpy().reshape(-1).view(np.uint8).data)
+                        check(share * (number + 1))
             archive.close()
-            with unfinished.open("rb") as file:
+            with scratch.open("rb") as file:
                 os.fsync(file.fileno())
-            pool.submit(verify, unfinished, recipe).result()
-        unfinished.replace(path)
+            if alone:
+                pool.submit(verify, scratch, recipe, check).result()
+            else:
+                verify(scratch, recipe, check)
+        check(1.0)
+        scratch.replace(path)
     except OSError as error:
         needed = np.prod(shape) * recipe.dtype.itemsize
         raise OutputError(f"cannot write {path} ({error.strerror}): {needed / 1e6:,.0f} MB are needed there") from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink()
 
 
-def verify(path: Path, recipe: Recipe) -> None:
+def verify(path: Path, recipe: Recipe, check: Callable[[float], None] = lambda _: None) -> None:
     """Reads a file back whole and checks shape, dtype, checksum, and that values are those of normalised pixels.
 
     It is read as a stream, since the pages of a mapped file would count as this process's memory. Raises OutputError.
     """
     task = recipe.task
     shape = (len(task.classes) * recipe.ipc, 3, task.size, task.size)
-    mean, std = _statistics(task)
+    mean, std = mean_and_std(task)
     low, high = (0 - mean) / std - ROUNDING, (1 - mean) / std + ROUNDING
     sums, squares = torch.zeros(3, dtype=torch.double), torch.zeros(3, dtype=torch.double)
+    done = 0
     try:
         images = torch.load(path, mmap=True, weights_only=True)
         if images.shape != shape or images.dtype != recipe.dtype or not images.is_contiguous():
@@ -103,6 +133,8 @@ def verify(path: Path, recipe: Recipe) -> None:
                     raise OutputError(f"{path} reads back with values that are no normalised pixels")
                 sums += values.sum((0, 2, 3), dtype=torch.double)
                 squares += values.square().sum((0, 2, 3), dtype=torch.double)
+                done += len(values)
+                check(1 - VERIFYING * (1 - done / shape[0]))
     except (zipfile.BadZipFile, RuntimeError) as error:
         raise OutputError(f"{path} does not read back ({error})") from error
     count = images[:, 0].numel()
@@ -114,15 +146,20 @@ def verify(path: Path, recipe: Recipe) -> None:
         )
 
 
-def _chunks(rounds: NDArray[np.uint8], recipe: Recipe) -> Iterator[Callable[[], Tensor]]:
+def mean_and_std(task: Task) -> tuple[Tensor, Tensor]:
+    """Of the task's pixels in 0..1, float32 [3, 1, 1] each: `(pixels - mean) / std` are the numbers in a file."""
+    return torch.tensor(task.mean).view(3, 1, 1), torch.tensor(task.std).view(3, 1, 1)
+
+
+def _chunks(rounds: NDArray[np.uint8] | Rounds, recipe: Recipe) -> Iterator[Callable[[], Tensor]]:
     """The file's images in order, as functions that make one chunk each, normalised [n, 3, H, W]."""
     total, step = len(recipe.task.classes) * recipe.ipc, _chunk_size(recipe.task)
     for start in range(0, total, step):
         yield partial(_chunk, rounds, recipe, np.arange(start, min(start + step, total)))
 
 
-def _chunk(rounds: NDArray[np.uint8], recipe: Recipe, positions: NDArray[np.int64]) -> Tensor:
-    mean, std = _statistics(recipe.task)
+def _chunk(rounds: NDArray[np.uint8] | Rounds, recipe: Recipe, positions: NDArray[np.int64]) -> Tensor:
+    mean, std = mean_and_std(recipe.task)
     labels, places = np.divmod(positions, recipe.ipc)
     copies, sources = np.divmod(places, len(rounds))
     images = torch.from_numpy(rounds[sources, labels])
@@ -148,17 +185,16 @@ def _chunk_size(task: Task) -> int:
     return max(1, PIXELS_A_CHUNK // task.size**2)
 
 
-def _statistics(task: Task) -> tuple[Tensor, Tensor]:
-    return torch.tensor(task.mean).view(3, 1, 1), torch.tensor(task.std).view(3, 1, 1)
-
-
 def _skeleton(scratch: Path, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, bytes | None]:
     """The records of torch's archive around a tensor, by name, in order; None stands for the tensor's own bytes.
 
     torch writes them itself; `skip_data` leaves a hole for the tensor, which is allocated but never touched.
     """
-    with skip_data():
-        torch.save(torch.empty(shape, dtype=dtype), scratch)
+    try:
+        with skip_data():
+            torch.save(torch.empty(shape, dtype=dtype), scratch)
+    except RuntimeError as error:  # torch's own for whatever the file system says
+        raise OSError(errno.EFBIG, "no file of this size can be made there") from error
     with zipfile.ZipFile(scratch) as archive:
         data = _data_record(archive)
         return {name: None if name == data else archive.read(name) for name in archive.namelist()}

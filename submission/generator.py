@@ -2,25 +2,36 @@
 
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from submission import pipeline
 from submission.checkpoint import Checkpoint
-from submission.decoder import choose_vae_dtype, decode
+from submission.decoder import (
+    CALIBRATION,
+    PIXELS_A_PASS,
+    Decoder,
+    Rung,
+    choose_decoder,
+    choose_vae_dtype,
+    decode,
+    full_decoder,
+)
 from submission.errors import CheckpointError, UsageError
 from submission.progress import Log
 from submission.tasks import PromptStyle, Task
 
 
-@dataclass(frozen=True)
+@dataclass
 class Generator:
     """Makes image i, of class `i % classes` in round `i // classes`, whatever batch it is asked for in.
 
-    `prompt_of` [phrasings, classes] indexes `conditioning`; round r takes phrasing `r % phrasings`.
+    `prompt_of` [phrasings, classes] indexes `conditioning`; round r takes phrasing `r % phrasings`. Images that came
+    out broken and were made again in higher precision are counted in `regenerated`.
     """
 
     task: Task
@@ -30,27 +41,47 @@ class Generator:
     conditioning: pipeline.Conditioning
     prompt_of: Tensor
     vae: Any
+    decoder: Decoder
+    regenerated: int = 0
 
     def images(self, start: int, stop: int, log: Log) -> Tensor:
         """Images `start` to `stop` as uint8 [n, 3, size, size] on the CPU. Raises CheckpointError."""
-        rounds, labels = np.divmod(np.arange(start, stop), len(self.task.classes))
+        numbers = np.arange(start, stop)
+        latents = self.latents(numbers, log)
+        pixels, sound = decode(self.decoder, latents)
+        if not sound.all() and self.vae.dtype != torch.float32:
+            self._count(sound, f"the VAE in {_name(self.vae.dtype)}: decoding in float32 from now on", log)
+            self.vae.float()
+            pixels, sound = decode(self.decoder, latents)
+        if not sound.all():
+            broken = int(numbers[(~sound).cpu().numpy()][0]) % len(self.task.classes)
+            raise CheckpointError(
+                f"this checkpoint makes broken images at {self.resolution} px (not finite or of one colour), the first "
+                f"of class {self.task.classes[broken].name}: is it a one-step model, and is the resolution one it was "
+                "trained for?"
+            )
+        return pixels.cpu()
+
+    def latents(self, numbers: NDArray[np.int64], log: Log) -> Tensor:
+        """Clean latents, float32 [n, 4, side, side], of the images of those numbers."""
+        rounds, labels = np.divmod(numbers, len(self.task.classes))
         noise = pipeline.draw_noise(self.seed, labels.tolist(), rounds.tolist(), self.sampler.side)
         prompts = self.prompt_of[torch.from_numpy(rounds) % len(self.prompt_of), torch.from_numpy(labels)]
         latents = pipeline.sample(self.sampler, self.conditioning, prompts.to(self.sampler.device), noise)
-        pixels, sound = decode(self.vae, latents, self.task.size)
-        if not sound.all() and self.vae.dtype != torch.float32:
-            log.warn(
-                f"{int((~sound).sum())} broken images from the VAE in {self.vae.dtype}: decoding in float32 from now on"
+        finite = latents.flatten(1).isfinite().all(1)
+        if not finite.all() and self.sampler.dtype != torch.float32:
+            self._count(finite, f"the UNet in {_name(self.sampler.dtype)}: generating in float32 from now on", log)
+            self.sampler = pipeline.in_float32(self.sampler)
+            self.conditioning = pipeline.Conditioning(
+                self.conditioning.embeds.float(), self.conditioning.pooled.float()
             )
-            self.vae.float()
-            pixels, sound = decode(self.vae, latents, self.task.size)
-        if not sound.all():
-            name = self.task.classes[int(labels[(~sound).cpu().numpy()][0])].name
-            raise CheckpointError(
-                f"this checkpoint makes broken images at {self.resolution} px (not finite or of one colour), the first "
-                f"of class {name}: is it a one-step model, and is the resolution one it was trained for?"
-            )
-        return pixels.cpu()
+            latents = pipeline.sample(self.sampler, self.conditioning, prompts.to(self.sampler.device), noise)
+        return latents
+
+    def _count(self, sound: Tensor, remedy: str, log: Log) -> None:
+        broken = int((~sound).sum())
+        self.regenerated += broken
+        log.warn(f"{broken} broken images from {remedy}")
 
 
 def load_generator(
@@ -62,8 +93,9 @@ def load_generator(
     style: PromptStyle,
     seed: int,
     resolution: int | None,
+    decoder: Rung | Literal["auto"] = "auto",
 ) -> Generator:
-    """Encodes all prompts, lets the text encoders go, and loads UNet and VAE.
+    """Encodes all prompts, lets the text encoders go, loads UNet and VAE, and chooses the decoder.
 
     `resolution` is the canvas in pixels; None takes the checkpoint's own. Raises UsageError or CheckpointError.
     """
@@ -85,7 +117,21 @@ def load_generator(
         vae = pipeline.load_vae(checkpoint, device, choose_vae_dtype(device, dtype))
     log.say(f"{len(prompts)} prompts encoded; {resolution} px, UNet in {_name(dtype)}, VAE in {_name(vae.dtype)}")
     prompt_of = torch.tensor([[place[prompt] for prompt in row] for row in phrasings])
-    return Generator(task, seed, resolution, sampler, conditioning, prompt_of, vae)
+    generator = Generator(task, seed, resolution, sampler, conditioning, prompt_of, vae, full_decoder(vae, task.size))
+    if decoder != "vae":
+        with log.phase("choose decoder"):
+            generator.decoder = choose_decoder(vae, _calibration_latents(generator, log), task.size, decoder)
+        measured = ", ".join(f"{rung} {decibels:.1f} dB" for rung, decibels in generator.decoder.fidelity.items())
+        log.say(f"decoder: {generator.decoder.rung} (fidelity to the full decode: {measured})")
+    return generator
+
+
+def _calibration_latents(generator: Generator, log: Log) -> Tensor:
+    """Latents of images spread over the first round: always the same ones, whatever the budget, since what is fitted to
+    them decides pixels."""
+    numbers = np.arange(CALIBRATION) * max(1, len(generator.task.classes) // CALIBRATION)
+    parts = np.array_split(numbers, -(-CALIBRATION * generator.resolution**2 // PIXELS_A_PASS))
+    return torch.cat([generator.latents(part, log) for part in parts])
 
 
 def _name(dtype: torch.dtype) -> str:

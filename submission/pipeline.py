@@ -7,7 +7,7 @@ latent directly. With no guidance a negative prompt has no effect, so there is n
 import math
 import timeit
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -122,6 +122,11 @@ def load_sampler(checkpoint: Checkpoint, resolution: int, device: torch.device, 
         dtype=dtype,
         device=device,
     )
+
+
+def in_float32(sampler: Sampler) -> Sampler:
+    """The same UNet, which is changed, and its step in float32."""
+    return replace(sampler, unet=sampler.unet.float(), time_ids=sampler.time_ids.float(), dtype=torch.float32)
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:

@@ -1,5 +1,6 @@
 """Real checkpoints of the SDXL layout with a few random weights, and a task small enough to run in seconds."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 # Networks this small gain nothing from a second thread, and waiting for one on a busy machine costs a lot.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # and so for the processes that tests start
 
 TINY_TASK = """
 name = "tiny"

@@ -18,6 +18,7 @@ class ConvNet(nn.Module):
     def __init__(self, classes: int, size: int) -> None:
         """Args: classes, the number of logits; size, height and width of the images in pixels, at least 8."""
         super().__init__()
+        self.size = size
         layers: list[nn.Module] = []
         channels = 3
         for _ in range(DEPTH):

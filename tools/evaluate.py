@@ -2,64 +2,36 @@
 
     ./run.sh evaluate --submit_dir outputs --truth_dir reference_data
 
-It takes the same files as the organisers' script, writes the same `scores.txt`, draws the same random numbers, and
-leaves `results.json` beside it.
+It takes the same files as the organisers' script, draws the same random numbers and writes the same `scores.txt`.
+Beside it, it leaves `results.json` and the learning curves, and it says if the classes seem to be in a wrong order.
 """
 
 import argparse
 import math
-import signal
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from submission.cli import number_from
-from submission.errors import BankoError, InputFileError, OutputError, UsageError
-from submission.manifest import write_json
+from submission.errors import InputFileError, OutputError, UsageError
+from submission.manifest import write_json, write_whole
 from submission.tasks import Task, builtin_names, load_task
+from tools.audit import inspect
+from tools.command import exit_code_of
 from tools.convnet import ConvNet
-from tools.tensor_files import LabelledImages, read_submission, read_truth
+from tools.fast import Arithmetic, make_forward, probe
+from tools.reference_data import find_reference_data
+from tools.results import Job, Run, Score, draw_curves, figures, overall, summary
+from tools.tensor_files import read_submission
 from tools.training import Measure, Schedule, assess, keep_freed_memory, train
 
 # Seconds between lines of progress.
 LINE_SECONDS = 10.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """One task's data, checked."""
-
-    task: Task
-    train: LabelledImages
-    test: LabelledImages
-
-    @property
-    def ipc(self) -> int:
-        return len(self.train.labels) // len(self.task.classes)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Test accuracies (0..1) of the runs on one task, and the SGD steps of each."""
-
-    job: Job
-    runs: list[float]
-    steps: int
-
-    @property
-    def mean(self) -> float:
-        return statistics.fmean(self.runs)
-
-    @property
-    def std(self) -> float:
-        """Of these runs, not an estimate for others: numpy's and the paper's default."""
-        return statistics.pstdev(self.runs)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,16 +48,28 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("reference_data"),
         metavar="DIR",
-        help="holds cifar100_test.pt, tinyimagenet_test.pt (default: ./reference_data/)",
+        help="holds cifar100_test.pt, tinyimagenet_test.pt, or torchvision's cifar-100-python/, or the unpacked "
+        "tiny-imagenet-200/ (default: ./reference_data/)",
     )
     parser.add_argument(
-        "--output_dir", type=Path, default=Path(), metavar="DIR", help="gets scores.txt and results.json (default: ./)"
+        "--output_dir",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="gets scores.txt, results.json and learning_curves.png (default: ./)",
     )
     parser.add_argument(
         "--tasks",
         nargs="+",
         metavar="TASK",
         help=f"{', '.join(builtin_names())}, or a task's .toml (default: those with a file in --submit_dir)",
+    )
+    parser.add_argument(
+        "--protocol",
+        choices=("official", "fast"),
+        default="official",
+        help="official: their arithmetic, to the digit; fast: the same recipe and random numbers, compiled and in "
+        "bfloat16 where that gains (default: official)",
     )
     parser.add_argument(
         "--epochs",
@@ -116,17 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = build_parser().parse_args(arguments)
-    try:
-        evaluate(options)
-    except BankoError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
+    return exit_code_of(lambda: evaluate(options), debug=options.debug)
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -136,13 +110,14 @@ def evaluate(options: argparse.Namespace) -> None:
     jobs = [open_job(task, options) for task in choose_tasks(options.tasks, options.submit_dir)]
     make_writable(options.output_dir)
     keep_freed_memory()
+    arithmetic = prepare(jobs[0], schedule, device) if options.protocol == "fast" else None
     for job in jobs:
-        announce(job, schedule, options.runs, device)
+        announce(job, schedule, options.runs, device, arithmetic)
     # Once, before the first run: the runs and tasks that follow go on with the generator as they find it.
     torch.manual_seed(options.seed)
-    scores = [score_task(job, schedule, options.runs, device) for job in jobs]
-    write_results(scores, options, device)
-    print(table(scores))
+    scores = [score_task(job, schedule, options.runs, device, arithmetic) for job in jobs]
+    write_results(scores, options, device, arithmetic)
+    print(summary(scores))
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -175,11 +150,14 @@ def choose_tasks(wanted: Sequence[str] | None, submit_dir: Path) -> list[Task]:
 
 def open_job(task: Task, options: argparse.Namespace) -> Job:
     """Both files of a task, checked. Raises InputFileError."""
-    return Job(
-        task,
-        read_submission(options.submit_dir / f"{task.name}.pt", task),
-        read_truth(options.truth_dir / f"{task.name}_test.pt", task),
-    )
+    file = options.submit_dir / f"{task.name}.pt"
+    submission = read_submission(file, task)
+    truth = find_reference_data(options.truth_dir, task)
+    findings = inspect(submission, task)
+    # What makes a file useless is no reason not to score it: the organisers would.
+    for finding in findings:
+        print(f"warning: {file}: {finding.text}", file=sys.stderr)
+    return Job(task, submission, truth, findings)
 
 
 def make_writable(folder: Path) -> None:
@@ -191,16 +169,28 @@ def make_writable(folder: Path) -> None:
         raise OutputError(f"cannot write into {folder} ({error.strerror})") from error
 
 
-def announce(job: Job, schedule: Schedule, runs: int, device: torch.device) -> None:
+def prepare(job: Job, schedule: Schedule, device: torch.device) -> Arithmetic:
+    """Find out how to be fast here; the random numbers stay as they are."""
+    print("compiling the network (half a minute, the first time)", flush=True)
+    with torch.random.fork_rng():
+        arithmetic = probe(new_net(job, device), batch_size(job, schedule))
+    if not arithmetic.compiled:
+        print("warning: nothing to compile with here (no C++ compiler?), so this will be slower", file=sys.stderr)
+    return arithmetic
+
+
+def announce(job: Job, schedule: Schedule, runs: int, device: torch.device, arithmetic: Arithmetic | None) -> None:
     """Say what is to come and about how long it takes, from one timed step of training."""
     steps = schedule.steps(len(job.train.labels))
     images, labels = job.train.images[: schedule.batch_size], job.train.labels[: schedule.batch_size]
     ticks: list[float] = []
     # On the side: the random numbers of the runs, and so their results, stay what they were.
     with torch.random.fork_rng():
-        net = ConvNet(len(job.task.classes), job.task.size).to(device)
-        train(net, images, labels, Schedule(epochs=1), lambda step, measure: ticks.append(time.perf_counter()))
-    seconds = ticks[1] - ticks[0]  # the first step warms up
+        net = new_net(job, device)
+        forward = choose_forward(net, job, schedule, arithmetic)
+        two_steps = Schedule(epochs=1)  # the first of them warms up
+        train(net, images, labels, two_steps, lambda step, measure: ticks.append(time.perf_counter()), forward)
+    seconds = ticks[1] - ticks[0]
     print(
         f"{job.task.name}: {job.ipc} images a class, {len(job.test.labels):,} test images; "
         f"{runs} run{'s' * (runs > 1)} of {steps:,} steps, about {duration(runs * steps * seconds)} on {device.type}",
@@ -208,21 +198,44 @@ def announce(job: Job, schedule: Schedule, runs: int, device: torch.device) -> N
     )
 
 
-def score_task(job: Job, schedule: Schedule, runs: int, device: torch.device) -> Score:
+def score_task(
+    job: Job, schedule: Schedule, runs: int, device: torch.device, arithmetic: Arithmetic | None = None
+) -> Score:
     """Train and test as many networks as there are runs, with the random numbers as they come."""
     train_images, train_labels = job.train.images, job.train.labels
     if device.type == "cuda":
         train_images, train_labels = train_images.to(device), train_labels.to(device)
     steps = schedule.steps(len(train_labels))
-    accuracies = []
+    done = []
     for run in range(runs):
-        net = ConvNet(len(job.task.classes), job.task.size).to(device)
+        net = new_net(job, device)
         progress = Progress(f"{job.task.name} run {run + 1}/{runs}", steps, schedule.images_a_step(len(train_labels)))
-        train(net, train_images, train_labels, schedule, progress.step)
-        measure = assess(net, job.test.images, job.test.labels, schedule.batch_size).measure
-        accuracies.append(measure.accuracy)
-        print(f"{progress.name}: accuracy {measure.accuracy:.4f} on the test images after {progress.spent}", flush=True)
-    return Score(job, accuracies, steps)
+        forward = choose_forward(net, job, schedule, arithmetic)
+        train(net, train_images, train_labels, schedule, progress.step, forward)
+        tested = assess(net, job.test.images, job.test.labels, schedule.batch_size)
+        done.append(Run(tested.measure.accuracy, tested.predictions, progress.measures))
+        print(
+            f"{progress.name}: accuracy {tested.measure.accuracy:.4f} on the test images after {progress.spent}",
+            flush=True,
+        )
+    return Score(job, done, steps)
+
+
+def new_net(job: Job, device: torch.device) -> ConvNet:
+    """A network of the task's shape, initialised by torch's generator."""
+    return ConvNet(len(job.task.classes), job.task.size).to(device)
+
+
+def choose_forward(
+    net: ConvNet, job: Job, schedule: Schedule, arithmetic: Arithmetic | None
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What computes the logits in training: the network as it is, or under `fast` as was found to be fastest."""
+    return net if arithmetic is None else make_forward(net, batch_size(job, schedule), arithmetic)
+
+
+def batch_size(job: Job, schedule: Schedule) -> int:
+    """Images in the largest batch there will be."""
+    return min(schedule.batch_size, len(job.train.labels))
 
 
 class Progress:
@@ -230,11 +243,13 @@ class Progress:
 
     def __init__(self, name: str, steps: int, images_a_step: float) -> None:
         self.name = name
+        self.measures: list[Measure] = []  # of every step
         self._steps, self._images_a_step = steps, images_a_step
         self._started = self._last_line = time.perf_counter()
 
     def step(self, done: int, measure: Measure) -> None:
         """Told of every step, with the measure of its batch."""
+        self.measures.append(measure)
         now = time.perf_counter()
         if now - self._last_line < LINE_SECONDS:
             return
@@ -252,56 +267,23 @@ class Progress:
         return duration(time.perf_counter() - self._started)
 
 
-def write_results(scores: list[Score], options: argparse.Namespace, device: torch.device) -> None:
-    """`scores.txt`, the organisers' one line, and `results.json`. Raises OutputError."""
-    total = overall(scores)
-    try:
-        (options.output_dir / "scores.txt").write_text(f"correct: {total}")
-    except OSError as error:
-        raise OutputError(f"cannot write {options.output_dir / 'scores.txt'} ({error.strerror})") from error
-    results = {
-        "tasks": {
-            score.job.task.name: {
-                "accuracy_mean": score.mean,
-                "accuracy_std": score.std,
-                "runs": score.runs,
-                "chance": chance(score.job.task),
-                "ipc": score.job.ipc,
-                "steps": score.steps,
-            }
-            for score in scores
-        },
-        "score": total,
-        "protocol": "official",
+def write_results(
+    scores: list[Score], options: argparse.Namespace, device: torch.device, arithmetic: Arithmetic | None
+) -> None:
+    """`scores.txt`, the organisers' one line, `results.json` and the learning curves. Raises OutputError."""
+    folder: Path = options.output_dir
+    write_whole(folder / "scores.txt", f"correct: {overall(scores)}".encode())
+    write_whole(folder / "learning_curves.png", draw_curves(scores))
+    settings = {
+        "protocol": options.protocol,
+        "arithmetic": asdict(arithmetic or Arithmetic(compiled=False, bf16=False)),
         "epochs": options.epochs,
         "max_steps": options.max_steps,
         "seed": options.seed,
         "device": device.type,
         "torch": torch.__version__,
     }
-    write_json(options.output_dir / "results.json", results)
-
-
-def table(scores: list[Score]) -> str:
-    """The scores for a person: a line a task, and the mean over them."""
-    lines = [f"{'task':<14}{'IPC':>5}{'steps':>9}{'mean':>9}{'std':>9}{'chance':>9}   runs"]
-    for score in scores:
-        runs = " ".join(f"{accuracy:.4f}" for accuracy in score.runs)
-        lines.append(
-            f"{score.job.task.name:<14}{score.job.ipc:>5}{score.steps:>9,}{score.mean:>9.4f}{score.std:>9.4f}"
-            f"{chance(score.job.task):>9.4f}   {runs}"
-        )
-    return "\n".join([*lines, f"correct: {overall(scores)}"])
-
-
-def overall(scores: list[Score]) -> float:
-    """The challenge's figure: the mean over tasks of the mean over runs."""
-    return statistics.fmean(score.mean for score in scores)
-
-
-def chance(task: Task) -> float:
-    """Accuracy of a guess."""
-    return 1 / len(task.classes)
+    write_json(folder / "results.json", figures(scores) | settings)
 
 
 def duration(seconds: float) -> str:

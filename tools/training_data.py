@@ -36,12 +36,13 @@ def load_training_images(data: Path, task: str, size: int) -> LabelledImages:
     if not path.exists():
         raise InputFileError(f"{path}: no training images of {task} there; give the data folder with --data")
     try:
-        return _read_grids(path, size) if path.is_dir() else _read_zip(path, size)
+        return read_grids(path, size) if path.is_dir() else _read_zip(path, size)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise InputFileError(f"{path}: training images cannot be read: {error}") from error
 
 
-def _read_grids(folder: Path, size: int) -> LabelledImages:
+def read_grids(folder: Path, size: int) -> LabelledImages:
+    """The images in a folder of grids, as above. Raises OSError or ValueError where one cannot be read."""
     images: list[np.ndarray] = []
     labels: list[int] = []
     for path in sorted(folder.glob("*.webp")):

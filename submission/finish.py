@@ -1,0 +1,168 @@
+"""Rounds to files: snapshots beside generation, the last file, and what lies beside it."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from submission.contact_sheet import draw_contact_sheet
+from submission.dataset_file import AbandonedError, write_dataset
+from submission.decoder import FIDELITY
+from submission.errors import OutputError
+from submission.estimates import Extent
+from submission.manifest import machine, write_json, write_whole
+from submission.work import Work
+
+# Seconds the last manifest may wait for the checkpoint's hashes, which were begun at the start.
+HASH_PATIENCE = 0.5
+
+
+def start_snapshot(work: Work, extent: Extent) -> None:
+    """Begins to write a file beside generation; sheet and manifest follow it."""
+    config = work.config
+    check_folder(work)
+
+    def complete(extent: Extent) -> None:
+        work.scheduler.in_place = extent
+        draw_sheet(work)
+        write_manifest(work, extent, patience=0)
+
+    rounds = replace(work.spool.read(), count=extent.rounds)
+    work.writer.start(config.dataset, rounds, config.recipe(extent), extent, complete)
+
+
+def collect_snapshot(work: Work) -> None:
+    """Tells the scheduler of a snapshot that was finished meanwhile. Raises OutputError where it failed."""
+    try:
+        done = work.writer.collect()
+    except OutputError:
+        if work.config.output.is_dir():
+            raise
+        check_folder(work)
+        return
+    if done is not None:
+        work.scheduler.wrote(done.extent, done.seconds, done.spent)
+        work.log.timings["write snapshots"] = work.scheduler.spent
+
+
+def finish(work: Work, *, stopped: bool) -> None:
+    """Writes the last file, if there is more than in the one in place and time for it, and the manifest.
+
+    Then the spool is of no more use, unless the job was `stopped` and may be resumed.
+
+    Raises BudgetError where there is no time for any file, and OutputError.
+    """
+    config, scheduler, spool, log = work.config, work.scheduler, work.spool, work.log
+    work.writer.abandon()
+    collect_snapshot(work)
+    check_folder(work)
+    with log.phase("write and verify"):
+        while (extent := scheduler.last_file()) is not None and not scheduler.late():
+            write_last(work, extent)
+    if scheduler.in_place is None:
+        raise scheduler.too_small()
+    extent = scheduler.in_place
+    ready = scheduler.shape.ipc(spool.count)
+    if extent.ipc < ready:
+        log.warn(f"there was no time to write more than IPC {extent.ipc} of the {ready} that were ready")
+    elif extent.ipc == scheduler.shape.cap < config.cap:
+        log.warn(f"there was no room to write more than IPC {extent.ipc} of the {config.cap} allowed")
+    with log.phase("sheet and manifest"):
+        draw_sheet(work)
+        write_manifest(work, extent, HASH_PATIENCE)
+    copies = f"the rest {config.pda} copies" if extent.rounds < extent.ipc else "no copies"
+    log.say(
+        f"{config.dataset}: {len(config.task.classes)} classes, IPC {extent.ipc} ({min(extent.rounds, extent.ipc)} "
+        f"generated, {copies}), {scheduler.budget.left:.1f} s before the deadline"
+    )
+    work.finished = True
+    if stopped and spool.count < scheduler.shape.cap:
+        log.say(f"its {spool.count} rounds are kept in {spool.folder}: --resume goes on from them")
+    else:
+        spool.remove()
+    log.close()
+
+
+def write_last(work: Work, extent: Extent) -> None:
+    """Writes the last file, or gives up where it turns out too slow: the scheduler then thinks of a smaller one."""
+    scheduler = work.scheduler
+    began = scheduler.budget.elapsed
+
+    def check(fraction: float) -> None:
+        if scheduler.too_slow(extent, began, fraction):
+            raise AbandonedError
+
+    rounds = replace(work.spool.read(), count=extent.rounds)
+    try:
+        write_dataset(work.config.dataset, rounds, work.config.recipe(extent), check)
+        scheduler.in_place = extent
+    except AbandonedError:
+        work.log.warn(f"writing IPC {extent.ipc} would end after the deadline: given up")
+
+
+def check_folder(work: Work) -> None:
+    """Sees whether the file in place is still there. The output folder is made again where someone has removed it: the
+    rounds survive in the open spool. Raises OutputError."""
+    folder = work.config.output
+    if folder.is_dir() and (work.scheduler.in_place is None or work.config.dataset.exists()):
+        return
+    work.log.warn(f"{work.config.dataset if folder.is_dir() else folder} was removed while the job ran: made anew")
+    work.scheduler.in_place = None
+    work.sheet_drawn = False
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot make {folder} again ({error.strerror})") from error
+
+
+def draw_sheet(work: Work) -> None:
+    """The contact sheet, of the first round, once."""
+    if not work.sheet_drawn:
+        classes = work.config.task.classes
+        images = work.spool.read()[np.zeros(len(classes), np.int64), np.arange(len(classes))]
+        write_whole(work.config.dataset.with_suffix(".png"), draw_contact_sheet(images, [c.name for c in classes]))
+        work.sheet_drawn = True
+
+
+def write_manifest(work: Work, extent: Extent, patience: float) -> None:
+    """The manifest: what was asked, what was done, how long it took, and every fallback on the way.
+
+    `patience` is how many seconds to wait for the checkpoint's hashes. Raises OutputError.
+    """
+    config, generator, scheduler, log = work.config, work.generator, work.scheduler, work.log
+    files = work.digests.wait(patience)
+    if files is None and patience:
+        log.warn("the checkpoint's SHA-256 was not ready in time and is missing from the manifest")
+    generating = max(log.timings.get("generate", 0.0), 1e-9)
+    content = {
+        "task": config.task.name,
+        "classes": len(config.task.classes),
+        "size": config.task.size,
+        "ipc": extent.ipc,
+        "rounds": extent.rounds,
+        "copies_per_image": config.shape.copies,
+        "pda": config.pda,
+        "prompts": config.prompts,
+        "seed": config.seed,
+        "dtype": config.dtype,
+        "budget_seconds": scheduler.budget.seconds,
+        "elapsed_seconds": round(scheduler.budget.elapsed, 2),
+        "phases_seconds": {name: round(seconds, 3) for name, seconds in list(log.timings.items())},
+        "images_per_second": round((scheduler.images - work.resumed) / generating, 2),
+        "resumed_rounds": work.resumed // scheduler.shape.classes,
+        "snapshots_seconds": round(scheduler.spent, 3),
+        "batch_size": scheduler.batch.current,
+        "images_regenerated": generator.regenerated,
+        "plans": list(work.plans),
+        "resolution": generator.resolution,
+        "unet_dtype": str(generator.sampler.dtype),
+        "decoder": {
+            "name": generator.decoder.rung,
+            "dtype": str(generator.vae.dtype),
+            "fidelity_db": dict(generator.decoder.fidelity),
+            "fidelity_wanted_db": FIDELITY,
+        },
+        "checkpoint": {"source": work.checkpoint.source, "path": str(work.checkpoint.path), "sha256": files},
+        "warnings": list(log.warnings),
+        **machine(generator.sampler.device),
+    }
+    write_json(config.dataset.with_suffix(".json"), content)

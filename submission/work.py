@@ -1,0 +1,70 @@
+"""What was asked for, and a job in the making: what the steps of the story hand to each other."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from submission.augment import PdaStyle
+from submission.budget import Scheduler, Shape
+from submission.checkpoint import Checkpoint
+from submission.dataset_file import Recipe
+from submission.decoder import Rung
+from submission.estimates import Extent
+from submission.generator import Generator
+from submission.manifest import Digests
+from submission.progress import Log
+from submission.rounds import Spool
+from submission.snapshots import SnapshotWriter
+from submission.tasks import PromptStyle, Task
+
+
+@dataclass(frozen=True)
+class JobConfig:
+    """What was asked for. `copies` an image at most, `cap` images a class at most, `resolution` in pixels;
+    None stands for the checkpoint's own resolution, and for the batch size that measures best."""
+
+    task: Task
+    output: Path
+    model: str
+    resolution: int | None
+    copies: int
+    pda: PdaStyle
+    prompts: PromptStyle
+    decoder: Rung | Literal["auto"]
+    cap: int
+    seed: int
+    batch_size: int | None
+    dtype: str
+    device: str
+    resume: bool = False
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(len(self.task.classes), 0 if self.pda == "none" else self.copies, self.cap)
+
+    @property
+    def dataset(self) -> Path:
+        return self.output / f"{self.task.name}.pt"
+
+    def recipe(self, extent: Extent) -> Recipe:
+        return Recipe(self.task, extent.ipc, self.pda, self.seed, getattr(torch, self.dtype))
+
+
+@dataclass
+class Work:
+    """A job in the making: what generates, what decides, what is on disk, and the plans that were announced."""
+
+    config: JobConfig
+    checkpoint: Checkpoint
+    digests: Digests
+    generator: Generator
+    spool: Spool
+    scheduler: Scheduler
+    log: Log
+    writer: SnapshotWriter = field(default_factory=SnapshotWriter)
+    plans: list[dict[str, float]] = field(default_factory=list)
+    sheet_drawn: bool = False
+    finished: bool = False
+    resumed: int = 0  # images from the run before

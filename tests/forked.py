@@ -1,0 +1,122 @@
+"""Jobs on the embedded checkpoint without the seconds it takes to start one: forked from a server that has it loaded.
+
+Everything but the loading is the real thing: the command line, the process, its files and its end.
+"""
+
+import codecs
+import functools
+import multiprocessing
+import os
+import resource
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from submission import cli, job
+from submission.budget import start_budget
+from submission.checkpoint import EMBEDDED, inspect
+from submission.generator import Generator, load_generator
+from submission.progress import Log
+from submission.tasks import load_task
+
+NOBODY = 65534
+
+
+@functools.cache
+def generator() -> Generator:
+    """CIFAR-100 from the embedded checkpoint. One thread: the pool of more would not survive a fork."""
+    torch.set_num_threads(1)
+    log = Log("plain", start_budget(600))
+    device, checkpoint = torch.device("cpu"), inspect(EMBEDDED, "embedded")
+    return load_generator(load_task("cifar100"), checkpoint, device, log, style="described", seed=0, resolution=None)
+
+
+def start(output: Path, *options: str, fault: str = "") -> ForkServerProcess:
+    """Starts the job in a process of its own, which prints to `output`.log. `fault` is the name of a function below."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    process = context.Process(target=_job, args=(output, options, fault))
+    process.start()
+    return process
+
+
+def wait_for(condition: Callable[[], bool], process: ForkServerProcess) -> None:
+    """Until it holds, or the process is gone."""
+    while not condition() and process.is_alive():
+        time.sleep(0.005)
+
+
+def _job(output: Path, options: tuple[str, ...], fault: str) -> None:
+    log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    loaded = generator()
+    if fault:
+        globals()[fault](loaded)
+    vars(job)["load_generator"] = lambda *_, **__: loaded
+    arguments = ["cifar100", "--model", "embedded", "--device", "cpu", "--output", str(output), *options]
+    os._exit(cli.main(arguments))
+
+
+def _when_generating(loaded: Generator, before: Callable[[int, int], None]) -> None:
+    """Has `before` called with the range of every batch."""
+    images: Callable[..., Tensor] = Generator.images
+
+    def with_fault(self: Generator, start: int, stop: int, log: Any) -> Tensor:
+        before(start, stop)
+        return images(self, start, stop, log)
+
+    vars(loaded)["images"] = functools.partial(with_fault, loaded)
+
+
+def little_memory(loaded: Generator) -> None:
+    """Batches of more than ten do not fit: the first such time as on a GPU, then as on a CPU."""
+    seen = []
+
+    def before(start: int, stop: int) -> None:
+        if stop - start > 10:
+            seen.append(stop)
+            if len(seen) == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            raise RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
+            )
+
+    _when_generating(loaded, before)
+
+
+def stuck_device(loaded: Generator) -> None:
+    """After some rounds a batch never comes back."""
+
+    def before(start: int, stop: int) -> None:
+        if start > 1000:
+            time.sleep(1000)
+
+    _when_generating(loaded, before)
+
+
+def failing_device(loaded: Generator) -> None:
+    """After some rounds every batch fails."""
+
+    def before(start: int, stop: int) -> None:
+        if start > 1000:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    _when_generating(loaded, before)
+
+
+def small_files(_: Generator) -> None:
+    """No file may be larger than 7 MB: the first of five images a class fits."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (7_000_000, 7_000_000))
+
+
+def ordinary_user(_: Generator) -> None:
+    """Someone whom permissions stop."""
+    codecs.lookup("cp437")  # zipfile's, which this user may not be able to import from where Python is
+    if os.getuid() == 0:
+        os.setuid(NOBODY)

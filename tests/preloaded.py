@@ -1,0 +1,5 @@
+"""Imported by the server that tests fork jobs from."""
+
+from tests.forked import generator
+
+generator()

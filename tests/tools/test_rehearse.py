@@ -1,0 +1,89 @@
+"""The rehearsal, with stand-ins for the job that do what jobs must not do."""
+
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import TINY_TASK
+from tools import rehearse
+
+
+@pytest.fixture
+def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A script to be run in place of the job, which leaves a good file."""
+    (tmp_path / "tiny.toml").write_text(TINY_TASK)
+    pixels = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    mean, std = torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1), torch.tensor([0.2, 0.25, 0.3]).view(3, 1, 1)
+    torch.save((pixels - mean) / std, tmp_path / "good.pt")
+    script = tmp_path / "run.sh"
+    monkeypatch.setattr(rehearse, "RUN", script)
+    monkeypatch.setenv("BANKO_STARTED_AT", "1")
+    return script
+
+
+def write(script: Path, *lines: str) -> None:
+    script.write_text("\n".join(["#!/bin/bash", "set -e", f'cd "{script.parent}"', "mkdir -p out", *lines]) + "\n")
+    script.chmod(0o755)
+
+
+def run(script: Path, capsys: pytest.CaptureFixture[str], limit: str = "20") -> tuple[int, str]:
+    folder = script.parent
+    arguments = [str(folder / "tiny.toml"), "--limit", limit, "--output", str(folder / "out"), "--seed", "3"]
+    code = rehearse.main(arguments)
+    return code, capsys.readouterr().out
+
+
+GOOD = ("cp good.pt out/tiny.pt", """echo '{"ipc": 2}' > out/tiny.json""")
+
+
+def test_a_good_job_passes_with_its_margin(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(job, *GOOD, 'echo "$@" > arguments', "echo ${BANKO_STARTED_AT-unset} > started")
+    code, out = run(job, capsys)
+    assert code == 0 and "pass: tiny, IPC 2, gone after" in out and "of 20" in out
+    arguments = (job.parent / "arguments").read_text()
+    assert "--budget 20s" in arguments and "--seed 3" in arguments
+    assert (job.parent / "started").read_text() == "unset\n"
+
+
+def test_a_job_over_the_limit_is_killed_with_all_its_processes(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(job, *GOOD, "sleep 100 & echo $! > child", "wait")
+    began = time.monotonic()
+    code, out = run(job, capsys, limit="1")
+    assert code == 6 and "killed at the limit of 1 s" in out and time.monotonic() - began < 50
+    child = int((job.parent / "child").read_text())
+    deadline = time.monotonic() + 10
+    while _runs(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(child)
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ((), "does not exist"),
+        ((*GOOD, "exit 3"), "exit code 3"),
+        (("head -c 5000 good.pt > out/tiny.pt",), "not a whole file"),
+        (("cp -p old.pt out/tiny.pt",), "older than this run"),
+        (("cp flat.pt out/tiny.pt",), "tiny.pt: "),
+    ],
+)
+def test_what_is_wrong_is_a_fault(
+    job: Path, capsys: pytest.CaptureFixture[str], lines: tuple[str, ...], words: str
+) -> None:
+    shutil.copy(job.parent / "good.pt", job.parent / "old.pt")
+    os.utime(job.parent / "old.pt", (1e9, 1e9))
+    torch.save(torch.zeros(6, 3, 16, 16), job.parent / "flat.pt")
+    write(job, *lines)
+    code, out = run(job, capsys)
+    assert code == 6 and words in out and "fail: tiny" in out

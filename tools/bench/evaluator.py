@@ -1,0 +1,118 @@
+"""Training as the organisers' script does it, against `evaluate --protocol fast`, on the same images.
+
+Each side is a process of its own, since ours changes how the C library gives memory back. They train in turns, one
+waiting while the other works, so that a machine whose speed drifts slows both alike; the ratio is taken turn by turn.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from submission.cli import number_from
+from tools import dsa
+from tools.convnet import ConvNet
+from tools.fast import make_forward, probe
+from tools.training import BATCH_SIZE, Schedule, keep_freed_memory, train
+
+CLASSES = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--size", type=number_from(16), default=32, metavar="PX", help="of the images (default: 32)")
+    parser.add_argument("--steps", type=number_from(1), default=6, help="SGD steps a turn (default: 6)")
+    parser.add_argument("--turns", type=number_from(1), default=7, help="turns a side (default: 7)")
+
+
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """Images a second of both sides, median over turns, and the median, least and largest ratio of a turn."""
+    sides = {"published": _published, "fast": _fast}
+    images = options.steps * BATCH_SIZE
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    context = multiprocessing.get_context("spawn")
+    connections, processes = {}, []
+    for name, side in sides.items():
+        connections[name], theirs = context.Pipe()
+        process = context.Process(target=_work, args=(side, images, options.size, theirs), daemon=True)
+        process.start()
+        theirs.close()  # so that reading ends, should the process die
+        processes.append(process)
+        connections[name].recv()  # warm
+    for _ in range(options.turns):
+        for name, connection in connections.items():
+            connection.send("go")
+            seconds[name].append(connection.recv())
+    for connection, process in zip(connections.values(), processes, strict=True):
+        connection.close()  # ends it
+        process.join()
+    ratios = [published / fast for published, fast in zip(seconds["published"], seconds["fast"], strict=True)]
+    return {
+        "speedup": statistics.median(ratios),
+        "speedup_least": min(ratios),
+        "speedup_most": max(ratios),
+        "images_per_second": {name: images / statistics.median(times) for name, times in seconds.items()},
+        "threads": torch.get_num_threads(),
+    }
+
+
+def table(figures: dict[str, Any]) -> str:
+    rates = figures["images_per_second"]
+    return "\n".join(
+        [
+            f"{'training loop':<44}{'images/s':>9}{'ratio':>7}   spread over turns",
+            f"{'published: eager, fp32, collated by image':<44}{rates['published']:>9.0f}{1:>7.2f}",
+            f"{'evaluate --protocol fast':<44}{rates['fast']:>9.0f}{figures['speedup']:>7.2f}"
+            f"   {figures['speedup_least']:.2f} to {figures['speedup_most']:.2f}",
+        ]
+    )
+
+
+def _work(
+    side: Callable[[torch.Tensor, torch.Tensor], Iterator[None]], images: int, size: int, connection: Connection
+) -> None:
+    """A side's process: the first epoch warms up; then one, timed, whenever it is told to."""
+    torch.manual_seed(0)
+    epochs = side(torch.randn(images, 3, size, size), torch.arange(images) % CLASSES)
+    next(epochs)
+    connection.send("warm")
+    with suppress(EOFError):  # the other end is closed when enough is measured
+        while connection.recv():
+            started = time.perf_counter()
+            next(epochs)
+            connection.send(time.perf_counter() - started)
+
+
+def _published(images: torch.Tensor, labels: torch.Tensor) -> Iterator[None]:
+    """Epochs of the published recipe: batches put together image by image, everything eager and in float32."""
+    net = ConvNet(CLASSES, images.shape[-1])
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9, weight_decay=0.0005)
+    loader = DataLoader(TensorDataset(images, labels), batch_size=BATCH_SIZE, shuffle=True)
+    while True:
+        loss_sum, right = 0.0, 0
+        for inputs, targets in loader:
+            logits = net(dsa.augment(inputs))
+            loss = F.cross_entropy(logits, targets)
+            loss_sum += loss.item() * len(targets)
+            right += int((logits.argmax(dim=1) == targets).sum())
+            optimiser.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+        yield
+
+
+def _fast(images: torch.Tensor, labels: torch.Tensor) -> Iterator[None]:
+    """Epochs of ours; the optimiser begins anew with each, which costs next to nothing."""
+    keep_freed_memory()
+    net = ConvNet(CLASSES, images.shape[-1])
+    forward = make_forward(net, BATCH_SIZE, probe(net, BATCH_SIZE))
+    while True:
+        train(net, images, labels, Schedule(epochs=0), forward=forward)
+        yield

@@ -1,0 +1,25 @@
+"""What the command lines of the tools have in common."""
+
+import signal
+import sys
+from collections.abc import Callable
+
+from submission.errors import BankoError
+
+
+def exit_code_of(work: Callable[[], int | None], *, debug: bool = False) -> int:
+    """The exit code of a tool: 0 or what `work` returns; an error's own, told in one line; 130 after Ctrl-C.
+
+    Args:
+        debug: let errors through, with their tracebacks.
+    """
+    try:
+        return work() or 0
+    except BankoError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT

@@ -1,0 +1,146 @@
+"""Writes a checkpoint of SDXL-Turbo's layout with random weights, to measure and test with where the real one is not.
+
+    ./run.sh make-checkpoint models/random --size full
+
+`full` has SDXL-Turbo's own configurations (`tools/sdxl_turbo/`), and so its speed and its memory; its pictures are
+noise. `small` is the same wiring, narrow. Components are made and written one at a time.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from submission.checkpoint import WEIGHTS
+from submission.cli import number_from
+from submission.errors import OutputError, UsageError
+from submission.tasks import PromptStyle, builtin_names, load_task
+from tools.command import exit_code_of
+from tools.embedded_layout import build_tokenizer
+
+CONFIGS = Path(__file__).parent / "sdxl_turbo"
+# What `small` changes: widths, and depths of what is deep.
+SMALL: dict[str, dict[str, Any]] = {
+    "text_encoder": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2},
+    "text_encoder_2": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "projection_dim": 64,
+    },
+    "unet": {
+        "block_out_channels": [32, 64, 64],
+        "attention_head_dim": [1, 2, 2],
+        "transformer_layers_per_block": [1, 1, 2],
+        "cross_attention_dim": 32 + 64,
+        "addition_time_embed_dim": 32,
+        "projection_class_embeddings_input_dim": 6 * 32 + 64,
+    },
+    "vae": {"block_out_channels": [32, 32, 64, 64]},
+}
+PROMPT_STYLES: tuple[PromptStyle, ...] = ("label", "described", "diverse")
+# Standard deviation of embeddings, as CLIP's are initialised.
+EMBEDDING_STD = 0.02
+BYTES_A_WEIGHT = 2  # fp16
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="./run.sh make-checkpoint",
+        description="Writes a checkpoint of SDXL-Turbo's layout with random fp16 weights.",
+        epilog="exit codes: 0 written; 2 usage; 5 it cannot be written",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
+    parser.add_argument(
+        "--size",
+        choices=("full", "small"),
+        default="full",
+        help="full: as large as SDXL-Turbo, 7 GB; small: a few MB (default: full)",
+    )
+    parser.add_argument("--seed", type=number_from(0), default=0, metavar="N", help="of the weights (default: 0)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    return exit_code_of(lambda: make_checkpoint(options.folder, options.size, options.seed))
+
+
+def make_checkpoint(folder: Path, size: str, seed: int) -> None:
+    """Write it into a folder that does not exist yet, or is empty. Raises UsageError, OutputError."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already: name a new folder")
+    configs = {file.relative_to(CONFIGS): json.loads(file.read_text()) for file in CONFIGS.rglob("*.json")}
+    if size == "small":
+        for component, changes in SMALL.items():
+            configs[Path(component) / "config.json"] |= changes
+    networks = {component: on_paper(component, configs[Path(component) / "config.json"]) for component in WEIGHTS}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        need = BYTES_A_WEIGHT * sum(p.numel() for network in networks.values() for p in network.state_dict().values())
+        if (free := shutil.disk_usage(folder).free) < need:
+            raise OutputError(f"{folder}: the weights take {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
+        for file, config in configs.items():
+            (folder / file).parent.mkdir(exist_ok=True)
+            (folder / file).write_text(json.dumps(config, indent=2) + "\n")
+        _write_tokenizers(folder, configs[Path("text_encoder/config.json")])
+        generator = torch.Generator().manual_seed(seed)
+        for component, network in networks.items():
+            file = folder / component / f"{WEIGHTS[component]}.fp16.safetensors"
+            save_file(dict(_random_weights(network, generator)), file, metadata={"format": "pt"})
+            print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB", flush=True)
+    except OSError as error:
+        raise OutputError(f"cannot write {folder} ({error.strerror or error})") from error
+
+
+def on_paper(component: str, config: dict[str, Any]) -> torch.nn.Module:
+    """The network of a component, with shapes and no memory."""
+    with torch.device("meta"):
+        if component == "unet":
+            return UNet2DConditionModel.from_config(config)  # type: ignore[no-any-return]
+        if component == "vae":
+            return AutoencoderKL.from_config(config)  # type: ignore[no-any-return]
+        kind = CLIPTextModel if component == "text_encoder" else CLIPTextModelWithProjection
+        return kind(CLIPTextConfig(**config))  # type: ignore[no-any-return]
+
+
+def _random_weights(network: torch.nn.Module, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+    """fp16 weights of the scale that torch gives a new layer: norms that do nothing, and products of a gain below one,
+    so that a residual block adds to what it gets and does not drown it."""
+    for name, shape in ((name, tensor.shape) for name, tensor in network.state_dict().items()):
+        if len(shape) < 2:
+            yield name, torch.full(shape, float(name.endswith("weight")), dtype=torch.float16)
+        else:
+            std = EMBEDDING_STD if "embedding.weight" in name else 1 / math.sqrt(3 * math.prod(shape[1:]))
+            yield name, (torch.randn(shape, generator=generator) * std).half()
+
+
+def _write_tokenizers(folder: Path, config: dict[str, Any]) -> None:
+    """Tokenizers with merges learnt from the tasks' prompts: CLIP's are not ours to hand on, and nothing depends on
+    which number a token has."""
+    prompts = [
+        prompt
+        for task in map(load_task, builtin_names())
+        for style in PROMPT_STYLES
+        for phrasing in task.prompts(style)
+        for prompt in phrasing
+    ]
+    tokenizer = build_tokenizer(prompts, config["vocab_size"])
+    tokenizer.model_max_length = config["max_position_embeddings"]
+    for part in ("tokenizer", "tokenizer_2"):
+        tokenizer.save_pretrained(folder / part)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

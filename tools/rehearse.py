@@ -1,0 +1,112 @@
+"""Runs the job as the organisers would: under a hard limit, from outside, with what is on disk at the end as judge.
+
+    ./run.sh rehearse cifar100 --limit 600 --max-ipc 10000
+
+The job gets a process group of its own and the limit as its budget; the clock starts before it does. At the limit the
+whole group is killed. Then the file is audited.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from submission.budget import parse_seconds
+from submission.errors import InputFileError
+from submission.tasks import Task, load_task
+from tools.audit import audit
+from tools.command import exit_code_of
+
+RUN = Path(__file__).resolve().parents[1] / "run.sh"
+# What a harness outside does not set.
+NOT_INHERITED = ("BANKO_STARTED_AT",)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """How it went: seconds until the job was gone, None where they were killed, and what was wrong."""
+
+    seconds: float | None
+    faults: list[str]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="./run.sh rehearse",
+        description="Runs the job in a process group of its own under a hard limit, kills it at the limit, audits what "
+        "is on disk, and says pass or fail with the margin left. All other options go to the job.",
+        epilog="exit codes: 0 pass; 2 usage; 6 fail",
+    )
+    parser.add_argument("task", metavar="TASK")
+    parser.add_argument("--limit", default="600", metavar="TIME", help="600, 90s or 10m (default: 600)")
+    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs/")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code."""
+    options, passed_on = build_parser().parse_known_args(arguments)
+    return exit_code_of(lambda: _report(options, passed_on))
+
+
+def _report(options: argparse.Namespace, passed_on: Sequence[str]) -> int:
+    limit, task = parse_seconds(options.limit), load_task(options.task)
+    result = rehearse(options.task, task, limit, options.output, passed_on)
+    for fault in result.faults:
+        print(f"fault: {fault}")
+    if result.faults or result.seconds is None:
+        print(f"fail: {task.name} under a limit of {limit:g} s")
+        return InputFileError.exit_code
+    margin = limit - result.seconds
+    ipc = json.loads((options.output / f"{task.name}.json").read_text())["ipc"]
+    print(
+        f"pass: {task.name}, IPC {ipc}, gone after {result.seconds:.2f} s of {limit:g}, "
+        f"{margin:.2f} s ({margin / limit:.2%}) unused"
+    )
+    return 0
+
+
+def rehearse(name: str, task: Task, limit: float, output: Path, options: Sequence[str]) -> Rehearsal:
+    """Runs the job with `options` and a budget of `limit` seconds, and looks at what it leaves in `output`."""
+    command = [str(RUN), name, "--budget", f"{limit:g}s", "--output", str(output), *options]
+    environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+    environment.setdefault("BANKO_PYTHON", sys.executable)
+    code: int | None = None
+    seconds: float | None = None
+    written_after, began = time.time_ns(), time.monotonic()
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = process.wait(limit - (time.monotonic() - began))
+            seconds = time.monotonic() - began
+    finally:
+        # Whatever the group has left goes, too, be it at the limit or after Ctrl-C here.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    faults = []
+    if seconds is None:
+        faults.append(f"killed at the limit of {limit:g} s")
+    elif code:
+        faults.append(f"exit code {code}")
+    file = output / f"{task.name}.pt"
+    if not file.exists():
+        return Rehearsal(seconds, [*faults, f"{file} does not exist"])
+    if file.stat().st_mtime_ns < written_after:
+        return Rehearsal(seconds, [*faults, f"{file} is older than this run"])
+    try:
+        faults += [f"{file}: {finding.text}" for finding in audit(file, task) if finding.fatal]
+    except InputFileError as error:
+        faults.append(str(error))
+    return Rehearsal(seconds, faults)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
