@@ -1,7 +1,9 @@
 """Train the embedded checkpoint: a text-to-image model of SDXL-Turbo's layout that knows the built-in tasks' prompts.
 
-The story, top to bottom: the VAE learns the real images; every image becomes a latent; the UNet and both text encoders
-together learn to turn noise and a prompt into a latent of the prompt's class, in the one step the job takes.
+The story, top to bottom: the VAE learns the real images; every image becomes a latent; critics, the evaluator's network
+at several ages, learn the real images too; the UNet and both text encoders together learn to turn noise and a prompt
+into a latent of the prompt's class, in the one step the job takes: first into one of the class's Gaussian, then into
+one whose picture the critics cannot tell from real ones of the class.
 
     python -m tools.train_embedded --data ../shared/data --output outputs/embedded
 
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from submission.errors import BankoError, InputFileError, OutputError, UsageError
 from submission.tasks import PromptStyle, Task, load_task
+from tools.embedded_critics import SQUARE, judge_pictures, make_judge, train_critics
 from tools.embedded_layout import (
     LATENT_SCALE,
     LATENT_SHRINK,
@@ -38,7 +41,7 @@ from tools.embedded_layout import (
     save_networks,
     token_ids,
 )
-from tools.embedded_objective import energy_distance, fit_class_gaussians, sample_class_gaussians
+from tools.embedded_objective import fit_class_gaussians, sample_class_gaussians
 from tools.training import keep_freed_memory
 from tools.training_data import SOURCES, LabelledImages, load_training_images
 
@@ -51,16 +54,21 @@ KL_WEIGHT = 1e-3  # per latent, against an L1 of pixels in -1..1: keeps latents 
 NORMALISE_ON = 2048  # images the latents' mean and std are taken from
 
 # Classes in a batch, images of each, by task. A 64 px sample costs as much as four of 32 px, so there are fewer.
-CLASSES_IN_BATCH = {"cifar100": 32, "tinyimagenet": 12}
-IMAGES_OF_CLASS = 4
-TURNS = ("cifar100", "cifar100", "tinyimagenet")
-ONE_STEP_RATE = 2e-3
+CLASSES_IN_BATCH = {"cifar100": 16, "tinyimagenet": 20}
+IMAGES_OF_CLASS = {"cifar100": 8, "tinyimagenet": 4}
+TURNS = ("cifar100", "tinyimagenet")
+ONE_STEP_RATE = 1.5e-3
 # How often a class is asked for in each style. `described` is the default; `diverse` has eight phrasings to learn.
-STYLE_SHARES: dict[PromptStyle, float] = {"label": 0.15, "described": 0.45, "diverse": 0.4}
+STYLE_SHARES: dict[PromptStyle, float] = {"label": 0.15, "described": 0.6, "diverse": 0.25}
+REGRESSION_SHARE = 0.2  # of the steps, before critics judge as well
+MEAN_WEIGHT = 2.0  # of the error of a class's mean among the errors of its samples, where it would be lost
+ANCHOR_WEIGHT = 0.5  # of the Gaussian when the judging begins; it falls to nothing
+ENERGY_WEIGHT = 5.0
+LABEL_WEIGHT = 0.3
 
 WARM_UP = 50  # steps
 CLIP_NORM = 1.0
-LOG_EVERY = 20  # steps
+LOG_EVERY = 25  # steps; odd, so that the tasks take turns in the log as well
 
 TRAINED = ("text_encoder", "text_encoder_2", "unet", "vae")
 
@@ -142,8 +150,9 @@ def train(options: Options) -> None:
         normalise_latents(networks.vae, torch.cat(list(vae_crops(images, NORMALISE_ON, progress.generator))))
         progress.stage, progress.step, progress.optimiser = "one_step", 0, None
         save_state(options, networks, progress)
-    latents = {name: all_latents(options, networks, name, images[name]) for name in tasks}
-    train_one_step(options, networks, progress, tasks, latents)
+    real = {name: real_images(options, networks, name, images[name]) for name in tasks}
+    critics = {name: all_critics(options, tasks[name], images[name]) for name in tasks}
+    train_one_step(options, networks, progress, tasks, real, critics)
     write_checkpoint(options, networks, progress)
 
 
@@ -225,62 +234,121 @@ def normalise_latents(vae: Any, pixels: Tensor) -> None:
 # The latents
 
 
-@torch.no_grad()
-def all_latents(options: Options, networks: Networks, task: str, images: LabelledImages) -> Tensor:
-    """Posterior means of the images of a task, unit scale, float16 `[classes, n, 4, size/4, size/4]`.
+@dataclass(frozen=True)
+class Real:
+    """Real images of a task by class: `pixels` uint8 `[classes, n, 3, size, size]`, `latents` as `all_latents` says."""
 
-    Every other image is mirrored first. Kept in the output for a resumed run. All classes must have as many images.
-    """
-    kept = options.output / f"latents_{task}.pt"
+    pixels: Tensor
+    latents: Tensor
+
+
+def real_images(options: Options, networks: Networks, task: str, images: LabelledImages) -> Real:
+    """The first images of every class, every other one mirrored, and their latents. All classes must have as many."""
     counts = images.labels.bincount()
     if counts.min() != counts.max():
         raise InputFileError(f"{task}: classes have {counts.min()} to {counts.max()} images, expected as many of each")
     n = min(int(counts[0]), options.images_per_class)
+    order = images.labels.argsort(stable=True).view(len(counts), -1)[:, :n]
+    pixels = images.pixels[order]
+    pixels[:, 1::2] = pixels[:, 1::2].flip(-1)
+    return Real(pixels, all_latents(options, networks, task, pixels))
+
+
+@torch.no_grad()
+def all_latents(options: Options, networks: Networks, task: str, pixels: Tensor) -> Tensor:
+    """Posterior means of the images of a task, unit scale, float16 `[classes, n, 4, size/4, size/4]`.
+
+    Kept in the output for a resumed run.
+    """
+    kept = options.output / f"latents_{task}.pt"
     if kept.exists():
         loaded: Tensor = torch.load(kept, weights_only=True)
-        if loaded.shape[1] == n:
+        if loaded.shape[:2] == pixels.shape[:2]:
             return loaded
-    order = images.labels.argsort(stable=True).view(len(counts), -1)[:, :n].flatten()
     batches: list[Tensor] = []
-    for chosen in torch.split(order, 128):
-        pixels = to_unit(images.pixels[chosen]).contiguous(memory_format=torch.channels_last)
-        pixels[1::2] = pixels[1::2].flip(-1)
-        batches.append((networks.vae.encode(pixels).latent_dist.mean * LATENT_SCALE).half())
+    for part in torch.split(pixels.flatten(0, 1), 128):
+        unit = to_unit(part).contiguous(memory_format=torch.channels_last)
+        batches.append((networks.vae.encode(unit).latent_dist.mean * LATENT_SCALE).half())
     latents = torch.cat(batches).contiguous()
-    latents = latents.view(len(counts), n, *latents.shape[1:])
+    latents = latents.view(*pixels.shape[:2], *latents.shape[1:])
     save_whole(latents, kept)
     return latents
+
+
+# The critics
+
+
+def all_critics(options: Options, task: Task, images: LabelledImages) -> list[dict[str, Any]]:
+    """Weights of the critics of a task, kept in the output for a resumed run."""
+    kept = options.output / f"critics_{task.name}.pt"
+    if not kept.exists():
+        save_whole(train_critics(images, task, options.seed), kept)
+    weights: list[dict[str, Any]] = torch.load(kept, weights_only=True)
+    return weights
 
 
 # The one-step generator
 
 
 def train_one_step(
-    options: Options, networks: Networks, progress: Progress, tasks: dict[str, Task], latents: dict[str, Tensor]
+    options: Options,
+    networks: Networks,
+    progress: Progress,
+    tasks: dict[str, Task],
+    real: dict[str, Real],
+    critics: dict[str, list[dict[str, Any]]],
 ) -> None:
     """UNet and text encoders, from noise and prompt to a latent of the class.
 
     At first the target is a map that is known: the class's own Gaussian, which takes the same noise to a sample of
-    itself (low variance, so the classes are told apart within a few hundred steps). Its weight falls from 1 to 0 over
-    the training, while that of the energy distance to real latents rises, which knows of more than two moments.
+    itself (low variance, so the classes are told apart within a few hundred steps). Then the VAE decodes what is made,
+    and a critic compares it with real pictures: the energy distance between their features, which knows of more than
+    two moments, and how sure it is of the class. The Gaussian stays as an anchor, with less and less weight.
     """
-    gaussians = {name: fit_class_gaussians(of_task.float()) for name, of_task in latents.items()}
+    gaussians = {name: fit_class_gaussians(of_task.latents.float()) for name, of_task in real.items()}
     ids = {name: token_ids_of(networks, task) for name, task in tasks.items()}
+    judges = {name: make_judge(tasks[name], critics[name]) for name in tasks}
+    networks.vae.requires_grad_(False)
     trained = (networks.unet, networks.text_encoder, networks.text_encoder_2)
     parameters = [p for network in trained for p in network.parameters()]
     optimiser = torch.optim.AdamW(parameters, lr=ONE_STEP_RATE, betas=(0.9, 0.99), weight_decay=0.01)
     for step in steps(options, networks, progress, optimiser, options.steps, ONE_STEP_RATE):
         name = TURNS[step % len(TURNS)]
-        batch = draw_batch(latents[name], ids[name], CLASSES_IN_BATCH[name], progress.generator)
+        batch = draw_batch(real[name], ids[name], name, progress.generator)
         conditioning = encode(networks, batch.ids)
-        each = type(conditioning)(*(part.repeat_interleave(IMAGES_OF_CLASS, dim=0) for part in conditioning))
+        each = type(conditioning)(*(part.repeat_interleave(batch.noise.shape[1], dim=0) for part in conditioning))
         made = one_step_latents(networks, batch.noise.flatten(0, 1), each, tasks[name].size).view_as(batch.noise)
-        target = sample_class_gaussians(gaussians[name], batch.classes, batch.noise)
-        regression = (made - target).square().mean()
-        energy = energy_distance(made, batch.real)
-        share = step / options.steps
-        update(optimiser, (1 - share) * regression + share * energy)
-        record(options, progress, **{f"{name}_regression": regression.item(), f"{name}_energy": energy.item()})
+        error = made - sample_class_gaussians(gaussians[name], batch.classes, batch.noise)
+        regression = error.square().mean()
+        loss = regression + MEAN_WEIGHT * error.mean(dim=1).square().mean()
+        losses = {"regression": regression.item()}
+        judged = (step / options.steps - REGRESSION_SHARE) / (1 - REGRESSION_SHARE)
+        if judged >= 0:
+            pictures, originals = same_square(networks, made, batch.real, progress.generator)
+            judgement = judge_pictures(judges[name], pictures, originals, batch.classes, progress.generator)
+            loss = (
+                ANCHOR_WEIGHT * (1 - judged) * loss
+                + ENERGY_WEIGHT * judgement.energy
+                + LABEL_WEIGHT * judgement.cross_entropy
+            )
+            losses |= {"energy": judgement.energy.item(), "accuracy": judgement.accuracy}
+        update(optimiser, loss)
+        record(options, progress, **{f"{name}_{kind}": value for kind, value in losses.items()})
+
+
+def same_square(
+    networks: Networks, latents: Tensor, pixels: Tensor, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The same square, drawn at random, of made latents, decoded, and of real pixels: `[C, m, 3, SQUARE, SQUARE]`.
+
+    To decode a quarter of a 64 px image costs a quarter of the time, which is better spent on more images.
+    """
+    side = SQUARE // LATENT_SHRINK
+    top, left = (int(torch.randint(latents.shape[-1] // side, (), generator=generator)) for _ in range(2))
+    cut = latents[..., top * side : (top + 1) * side, left * side : (left + 1) * side].flatten(0, 1)
+    made = networks.vae.decode(cut.contiguous(memory_format=torch.channels_last) / LATENT_SCALE).sample
+    part = pixels[..., top * SQUARE : (top + 1) * SQUARE, left * SQUARE : (left + 1) * SQUARE]
+    return made.view(*latents.shape[:2], *made.shape[1:]), to_unit(part)
 
 
 def token_ids_of(networks: Networks, task: Task) -> dict[PromptStyle, Tensor]:
@@ -293,7 +361,7 @@ def token_ids_of(networks: Networks, task: Task) -> dict[PromptStyle, Tensor]:
 
 @dataclass(frozen=True)
 class Batch:
-    """`classes` `[C]`, their token ids `[C, tokens]`, noise and real latents `[C, m, 4, h, w]`."""
+    """`classes` `[C]`, their token ids `[C, tokens]`, noise `[C, m, 4, h, w]`, real pixels uint8 `[C, m, 3, s, s]`."""
 
     classes: Tensor
     ids: Tensor
@@ -301,9 +369,9 @@ class Batch:
     real: Tensor
 
 
-def draw_batch(latents: Tensor, ids: dict[PromptStyle, Tensor], classes: int, generator: torch.Generator) -> Batch:
-    """Classes without repetition, a style and a phrasing for each, and real latents of each."""
-    chosen = torch.randperm(len(latents), generator=generator)[:classes]
+def draw_batch(real: Real, ids: dict[PromptStyle, Tensor], task: str, generator: torch.Generator) -> Batch:
+    """Classes without repetition, a style and a phrasing for each, and real images of each."""
+    chosen = torch.randperm(len(real.pixels), generator=generator)[: CLASSES_IN_BATCH[task]]
     styles = list(STYLE_SHARES)
     shares = torch.tensor(list(STYLE_SHARES.values()))
     picks = torch.multinomial(shares, len(chosen), replacement=True, generator=generator).tolist()
@@ -312,9 +380,9 @@ def draw_batch(latents: Tensor, ids: dict[PromptStyle, Tensor], classes: int, ge
     for label, pick, turn in zip(chosen.tolist(), picks, turns, strict=True):
         of_style = ids[styles[pick]]
         rows.append(of_style[turn % len(of_style), label])
-    members = torch.randint(latents.shape[1], (len(chosen), IMAGES_OF_CLASS), generator=generator)
-    real = latents[chosen.unsqueeze(1), members].float()
-    return Batch(chosen, torch.stack(rows), torch.randn(real.shape, generator=generator), real)
+    members = torch.randint(real.pixels.shape[1], (len(chosen), IMAGES_OF_CLASS[task]), generator=generator)
+    noise = torch.randn(*members.shape, *real.latents.shape[2:], generator=generator)
+    return Batch(chosen, torch.stack(rows), noise, real.pixels[chosen.unsqueeze(1), members])
 
 
 # Steps, saves, logs
@@ -373,8 +441,8 @@ def start_output(options: Options, networks: Networks, progress: Progress) -> No
         if kept.exists():
             load_state(kept, networks, progress)
         else:
-            for latents in options.output.glob("latents_*.pt"):
-                latents.unlink()  # of another VAE
+            for other in (*options.output.glob("latents_*.pt"), *options.output.glob("critics_*.pt")):
+                other.unlink()  # of another training
         (options.output / "training.log").write_text("".join(line + "\n" for line in progress.log))
     except OSError as error:
         raise OutputError(f"{options.output}: cannot be written: {error.strerror}") from error
@@ -435,7 +503,7 @@ def write_checkpoint(options: Options, networks: Networks, progress: Progress) -
     summary = {
         "resolutions": sorted({load_task(name).size for name in TASKS}),  # the job reads this; the rest is for people
         "data": {name: SOURCES[name] for name in TASKS},
-        "objective": "VAE: L1 + KL; one step: class Gaussian regression fading into energy distance",
+        "objective": "VAE: L1 + KL; one step: class Gaussian regression, then energy distance and label by critics",
         "seed": options.seed,
         "steps": {"vae": options.vae_steps, "one_step": options.steps},
         "images_per_class": options.images_per_class,

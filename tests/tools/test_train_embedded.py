@@ -1,6 +1,7 @@
 """Training the embedded checkpoint: it repeats itself, survives a kill, and what it writes is what diffusers loads."""
 
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -30,9 +31,11 @@ STYLES: tuple[PromptStyle, ...] = ("label", "described", "diverse")
 # The trainer with batches for a test: a few images a step, every step logged.
 SMALL = """
 import sys
-from tools import train_embedded as t
-t.VAE_BATCH, t.NORMALISE_ON, t.LOG_EVERY, t.IMAGES_OF_CLASS = 4, 16, 1, 2
+from tools import embedded_critics, train_embedded as t
+embedded_critics.AGES = (1, 2)
+t.VAE_BATCH, t.NORMALISE_ON, t.LOG_EVERY = 4, 16, 1
 t.CLASSES_IN_BATCH = {"cifar100": 4, "tinyimagenet": 2}
+t.IMAGES_OF_CLASS = {"cifar100": 2, "tinyimagenet": 2}
 sys.exit(t.main(sys.argv[1:]))
 """
 
@@ -62,6 +65,7 @@ def start(data: Path, output: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", SMALL, "--data", str(data), "--output", str(output), *options, *more],
         cwd=ROOT,
+        env=os.environ | {"TORCHDYNAMO_DISABLE": "1"},  # to compile takes longer than to train so little
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
