@@ -143,6 +143,9 @@ def _choose_decoder(generator: Generator, wanted: Rung | Literal["auto"], patien
                 log.warn(f"no time to look for a faster decoder than the VAE: it would take about {takes:.0f} s")
                 return
     generator.decoder = choose_decoder(generator.vae, torch.cat(latents), size, wanted)
+    if not generator.decoder.fidelity:
+        log.warn("no decoder could be measured, since the VAE's own images are broken: the VAE stays")
+        return
     measured = ", ".join(f"{rung} {decibels:.1f} dB" for rung, decibels in generator.decoder.fidelity.items())
     log.say(f"decoder: {generator.decoder.rung} (fidelity to the full decode: {measured})")
 
