@@ -178,7 +178,8 @@ def duties(work: Work, guard: Guard) -> Duties:
             print(f"error: {scheduler.too_small()}", file=sys.stderr)
             return
         log.warn(
-            f"time is up: the last file is not done, the one in place stays (IPC {extent.ipc}, {extent.rounds} rounds)"
+            f"time is up: the last file is not done, the one in place stays (IPC {extent.ipc}, {extent.rounds} of "
+            f"{work.spool.count} rounds)"
         )
         write_manifest(work, extent, patience=0)
 

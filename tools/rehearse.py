@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from submission.budget import parse_seconds
 from submission.errors import InputFileError
@@ -31,10 +32,12 @@ NOT_INHERITED = ("BANKO_STARTED_AT",)
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """How it went: seconds until the job was gone, None where they were killed, and what was wrong."""
+    """How it went: seconds until the job was gone, None where it was killed, what was wrong, and the job's manifest,
+    empty where there is none."""
 
     seconds: float | None
     faults: list[str]
+    manifest: dict[str, Any]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -59,16 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _report(options: argparse.Namespace, passed_on: Sequence[str]) -> int:
     limit, task = parse_seconds(options.limit), load_task(options.task)
     result = rehearse(options.task, task, limit, options.output, passed_on)
+    # A file that is whole may still hold less than was made: the job's own warnings say so.
+    for warning in result.manifest.get("warnings", []):
+        print(f"warning of the job: {warning}")
     for fault in result.faults:
         print(f"fault: {fault}")
     if result.faults or result.seconds is None:
         print(f"fail: {task.name} under a limit of {limit:g} s")
         return InputFileError.exit_code
     margin = limit - result.seconds
-    ipc = json.loads((options.output / f"{task.name}.json").read_text())["ipc"]
     print(
-        f"pass: {task.name}, IPC {ipc}, gone after {result.seconds:.2f} s of {limit:g}, "
-        f"{margin:.2f} s ({margin / limit:.2%}) unused"
+        f"pass: {task.name}, IPC {result.manifest['ipc']} ({result.manifest['rounds']} rounds), gone after "
+        f"{result.seconds:.2f} s of {limit:g}, {margin:.2f} s ({margin / limit:.2%}) unused"
     )
     return 0
 
@@ -96,16 +101,17 @@ def rehearse(name: str, task: Task, limit: float, output: Path, options: Sequenc
         faults.append(f"killed at the limit of {limit:g} s")
     elif code:
         faults.append(f"exit code {code}")
-    file = output / f"{task.name}.pt"
-    if not file.exists():
-        return Rehearsal(seconds, [*faults, f"{file} does not exist"])
-    if file.stat().st_mtime_ns < written_after:
-        return Rehearsal(seconds, [*faults, f"{file} is older than this run"])
+    file, beside = (output / f"{task.name}{suffix}" for suffix in (".pt", ".json"))
+    for path in (file, beside):
+        if not path.exists():
+            return Rehearsal(seconds, [*faults, f"{path} does not exist"], {})
+        if path.stat().st_mtime_ns < written_after:
+            return Rehearsal(seconds, [*faults, f"{path} is older than this run"], {})
     try:
         faults += [f"{file}: {finding.text}" for finding in audit(file, task) if finding.fatal]
     except InputFileError as error:
         faults.append(str(error))
-    return Rehearsal(seconds, faults)
+    return Rehearsal(seconds, faults, json.loads(beside.read_text()))
 
 
 if __name__ == "__main__":

@@ -37,13 +37,17 @@ def run(script: Path, capsys: pytest.CaptureFixture[str], limit: str = "20") -> 
     return code, capsys.readouterr().out
 
 
-GOOD = ("cp good.pt out/tiny.pt", """echo '{"ipc": 2}' > out/tiny.json""")
+GOOD = (
+    "cp good.pt out/tiny.pt",
+    """echo '{"ipc": 2, "rounds": 1, "warnings": ["no time for more"]}' > out/tiny.json""",
+)
 
 
 def test_a_good_job_passes_with_its_margin(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(job, *GOOD, 'echo "$@" > arguments', "echo ${BANKO_STARTED_AT-unset} > started")
     code, out = run(job, capsys)
-    assert code == 0 and "pass: tiny, IPC 2, gone after" in out and "of 20" in out
+    assert code == 0 and "pass: tiny, IPC 2 (1 rounds), gone after" in out and "of 20" in out
+    assert "warning of the job: no time for more" in out
     arguments = (job.parent / "arguments").read_text()
     assert "--budget 20s" in arguments and "--seed 3" in arguments
     assert (job.parent / "started").read_text() == "unset\n"
@@ -73,9 +77,10 @@ def _runs(process: int) -> bool:
     [
         ((), "does not exist"),
         ((*GOOD, "exit 3"), "exit code 3"),
-        (("head -c 5000 good.pt > out/tiny.pt",), "not a whole file"),
+        ((*GOOD, "head -c 5000 good.pt > out/tiny.pt"), "not a whole file"),
         (("cp -p old.pt out/tiny.pt",), "older than this run"),
-        (("cp flat.pt out/tiny.pt",), "tiny.pt: "),
+        ((GOOD[0],), "tiny.json does not exist"),
+        ((*GOOD, "cp flat.pt out/tiny.pt"), "tiny.pt: "),
     ],
 )
 def test_what_is_wrong_is_a_fault(
