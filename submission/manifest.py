@@ -60,4 +60,5 @@ def write_whole(path: Path, content: bytes) -> None:
         unfinished.write_bytes(content)
         unfinished.replace(path)
     except OSError as error:
-        raise OutputError(f"cannot write {path} ({error.strerror})") from error
+        needed = len(content) / 1e6
+        raise OutputError(f"cannot write {path} ({error.strerror}): {needed:.2f} MB are needed there") from error

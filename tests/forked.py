@@ -6,6 +6,7 @@ Everything but the loading is the real thing: the command line, the process, its
 import codecs
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import resource
@@ -110,6 +111,11 @@ def stuck_device(loaded: Generator) -> None:
     _when_generating(loaded, before)
 
 
+def unhurried_device(loaded: Generator) -> None:
+    """Leaves time for something to happen between batches."""
+    _when_generating(loaded, lambda start, stop: time.sleep(0.3))
+
+
 def failing_device(loaded: Generator) -> None:
     """After some rounds every batch fails."""
 
@@ -129,6 +135,12 @@ def nobody_listens(_: Generator) -> None:
             os.write(writer, b"x" * 1024)
     os.set_blocking(writer, True)
     os.dup2(writer, 1)
+
+
+def jumping_clock(_: Generator) -> None:
+    """The wall clock is set forward by an hour, then back by a day, and so on. The real one is everybody's."""
+    jumps, now = itertools.cycle((3600.0, -86400.0)), time.time
+    vars(time)["time"] = lambda: now() + next(jumps)
 
 
 def small_files(_: Generator) -> None:

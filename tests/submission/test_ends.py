@@ -3,12 +3,15 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -185,6 +188,45 @@ def test_a_full_disk_keeps_the_last_file(tmp_path: Path) -> None:
     check_file(output)
     assert "MB are needed there" in said(output)
     assert not list(output.glob("*.unfinished"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 40 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
+    mounted = subprocess.run(mount, check=False, capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_someone_else_fills_keeps_the_last_file(small_disk: Path) -> None:
+    output = small_disk / "out"
+    process = start_and_wait(output, *NO_CAP, "--aug-per-image", "0", fault="unhurried_device")
+    with (small_disk / "someone_elses").open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(1 << 16)):
+            pass
+    assert end(process) == 5
+    assert re.search(r"error: cannot write .*No space left on device.* MB", said(output))
+    check_file(output)
+
+
+def test_a_small_disk_bounds_the_file(small_disk: Path) -> None:
+    output = small_disk / "out"
+    assert end(forked.start(output, *NO_CAP, "--aug-per-image", "0")) == 0, said(output)
+    manifest = manifest_of(output)
+    assert 10 <= manifest["ipc"] == manifest["rounds"] < 40e6 / (100 * 3 * 32 * 32 * 4)
+    assert any("no room" in warning for warning in manifest["warnings"])
+
+
+def test_a_clock_that_is_set_changes_nothing(tmp_path: Path) -> None:
+    output, began = tmp_path / "out", time.monotonic()
+    options = ("--budget", "8s", "--aug-per-image", "0", *NO_CAP)
+    assert end(forked.start(output, *options, fault="jumping_clock")) == 0, said(output)
+    assert 4 < manifest_of(output)["elapsed_seconds"] <= time.monotonic() - began, "neither hour nor day was counted"
 
 
 def test_a_removed_output_folder_is_made_anew(tmp_path: Path) -> None:
