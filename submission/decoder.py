@@ -35,7 +35,7 @@ NEIGHBOURHOOD = 3
 POOLED_SHARE = 2
 
 # Canvas pixels decoded at a time: the VAE's activations take about a kilobyte a pixel.
-PIXELS_A_PASS = 1 << 20
+PIXELS_A_PASS = 1 << 18
 
 
 @dataclass(frozen=True)
