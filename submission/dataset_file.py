@@ -124,7 +124,7 @@ def verify(path: Path, recipe: Recipe, check: Callable[[float], None] = lambda _
     """
     task = recipe.task
     shape = (len(task.classes) * recipe.ipc, 3, task.size, task.size)
-    mean, std = mean_and_std(task)
+    mean, std = (figure.flatten() for figure in mean_and_std(task))
     low, high = (0 - mean) / std - ROUNDING, (1 - mean) / std + ROUNDING
     sums, squares = torch.zeros(3, dtype=torch.double), torch.zeros(3, dtype=torch.double)
     done = 0
@@ -134,19 +134,21 @@ def verify(path: Path, recipe: Recipe, check: Callable[[float], None] = lambda _
             raise OutputError(f"{path} reads back as {images.dtype} {list(images.shape)}, not {list(shape)}")
         with zipfile.ZipFile(path) as archive, archive.open(_data_record(archive)) as stream:
             while chunk := bytearray(stream.read(_chunk_size(task) * images[0].nbytes)):
-                values = torch.frombuffer(chunk, dtype=recipe.dtype).view(-1, *shape[1:]).float()
+                values = torch.frombuffer(chunk, dtype=recipe.dtype).view(-1, 3, task.size**2).float()
                 # One comparison catches NaN, infinity, and pixels outside 0..1.
-                if not ((values >= low) & (values <= high)).all():
+                least, most = torch.aminmax(values, dim=2)
+                if not ((least >= low) & (most <= high)).all():
                     raise OutputError(f"{path} reads back with values that are no normalised pixels")
-                sums += values.sum((0, 2, 3), dtype=torch.double)
-                squares += values.square().sum((0, 2, 3), dtype=torch.double)
+                # Over one image in float32, which is many times as fast, and over the images in double.
+                sums += values.sum(2).sum(0, dtype=torch.double)
+                squares += torch.linalg.vector_norm(values, dim=2).double().square().sum(0)
                 done += len(values)
                 check(1 - VERIFYING * (1 - done / shape[0]))
     except (zipfile.BadZipFile, RuntimeError) as error:
         raise OutputError(f"{path} does not read back ({error})") from error
     count = images[:, 0].numel()
-    means = (sums / count).float() * std.flatten() + mean.flatten()
-    spreads = (squares / count - (sums / count) ** 2).clamp(min=0).sqrt().float() * std.flatten()
+    means = (sums / count).float() * std + mean
+    spreads = (squares / count - (sums / count) ** 2).clamp(min=0).sqrt().float() * std
     if spreads.min() < LEAST_SPREAD or means.min() < LEAST_SPREAD or means.max() > 1 - LEAST_SPREAD:
         raise OutputError(
             f"{path} reads back almost black, white or grey: mean {means.tolist()}, std {spreads.tolist()}"
