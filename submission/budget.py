@@ -28,7 +28,7 @@ GRACE_SECONDS = 6.5
 # for the last file. They may take 3% in all; the rest is for what their estimates lack.
 SMALL_STEP, SMALL_STEP_SHARE = 1.25, 0.004
 LARGE_STEP, LARGE_STEP_SHARE = 2.5, 0.006
-LAST_STEP, LAST_STEP_SHARE, LAST_STEP_AT = 1.05, 0.016, 0.08
+LAST_STEP, LAST_STEP_SHARE, LAST_STEP_AT = 1.05, 0.022, 0.08
 # Where that does not pay for all there is, a part will do that is so much better than the one in place.
 LAST_PART = 1.5
 # What a snapshot gets of a core that generation wants, too.
