@@ -15,8 +15,8 @@ COMMON_SPREAD, OWN_SPREAD = 1.5, 0.5
 # Two files of one size differ by this share, until their own spread has been seen: it counts as so many files.
 FILE_NOISE, FILE_NOISE_WEIGHT = 0.12, 4
 # Beyond the largest file seen, a deviation for every factor of e: files six times as large were seen to take 1.7 times
-# as long an image.
-EXTRAPOLATION = 0.22
+# as long an image on a crowded machine, and no longer on a quiet one.
+EXTRAPOLATION = 0.18
 # Others on the machine come and go: where they make everything take twice as long, this much more again is kept.
 CROWDING_DOUBT = 0.25
 
