@@ -1,7 +1,5 @@
 """Rounds to files: snapshots beside generation, the last file, and what lies beside it."""
 
-from dataclasses import replace
-
 import numpy as np
 
 from submission.contact_sheet import draw_contact_sheet
@@ -10,6 +8,7 @@ from submission.decoder import FIDELITY
 from submission.errors import OutputError
 from submission.estimates import Extent
 from submission.manifest import machine, write_json, write_whole
+from submission.output_folder import release
 from submission.work import Work
 
 # Seconds the last manifest may wait for the checkpoint's hashes, which were begun at the start.
@@ -18,7 +17,7 @@ HASH_PATIENCE = 0.5
 
 def start_snapshot(work: Work, extent: Extent) -> None:
     """Begins to write a file beside generation; sheet and manifest follow it."""
-    config = work.config
+    config, check = work.config, work.crew.check
     check_folder(work)
 
     def complete(extent: Extent) -> None:
@@ -26,8 +25,8 @@ def start_snapshot(work: Work, extent: Extent) -> None:
         draw_sheet(work)
         write_manifest(work, extent, patience=0)
 
-    rounds = replace(work.spool.read(), count=extent.rounds)
-    work.writer.start(config.dataset, rounds, config.recipe(extent), extent, complete)
+    rounds = work.spool.read().first(extent.rounds)
+    work.writer.start(config.dataset, rounds, config.recipe(extent), extent, check, complete)
 
 
 def collect_snapshot(work: Work) -> None:
@@ -35,6 +34,8 @@ def collect_snapshot(work: Work) -> None:
     try:
         done = work.writer.collect()
     except OutputError:
+        if work.crew.replaced():
+            return
         if work.config.output.is_dir():
             raise
         check_folder(work)
@@ -49,18 +50,27 @@ def finish(work: Work, *, stopped: bool) -> None:
 
     Then the spool is of no more use, unless the job was `stopped` and may be resumed.
 
-    Raises BudgetError where there is no time for any file, and OutputError.
+    Raises BudgetError where there is no time for any file, OutputError, and AbandonedError where another rank has taken
+    the job over.
     """
     config, scheduler, spool, log = work.config, work.scheduler, work.spool, work.log
     work.writer.abandon()
     collect_snapshot(work)
     check_folder(work)
+    work.crew.look()
     with log.phase("write and verify"):
         while (extent := scheduler.last_file()) is not None and not scheduler.late():
+            work.crew.check()
             write_last(work, extent)
     if scheduler.in_place is None:
         raise scheduler.too_small()
     extent = scheduler.in_place
+    for rank, report in sorted(work.crew.reports.copy().items()):
+        there = f"{spool.by_rank().get(rank, 0)} rounds of it were there"
+        if rank in work.crew.silent():
+            log.warn(f"rank {rank} was gone by the end: {there}")
+        elif not report.get("done"):
+            log.say(f"rank {rank} was still at work at the end: {there}")
     ready = scheduler.shape.ipc(spool.count)
     if extent.ipc < ready:
         log.warn(f"there was no time to write more than IPC {extent.ipc} of the {ready} that were ready")
@@ -75,10 +85,12 @@ def finish(work: Work, *, stopped: bool) -> None:
         f"generated, {copies}), {scheduler.budget.left:.1f} s before the deadline"
     )
     work.finished = True
+    work.crew.finish()
     if stopped and spool.count < scheduler.shape.cap:
         log.say(f"its {spool.count} rounds are kept in {spool.folder}: --resume goes on from them")
     else:
         spool.remove()
+    release(config.output)
     log.close()
 
 
@@ -88,14 +100,16 @@ def write_last(work: Work, extent: Extent) -> None:
     began = scheduler.budget.elapsed
 
     def check(fraction: float) -> None:
+        work.crew.check()
         if scheduler.too_slow(extent, began, fraction):
             raise AbandonedError
 
-    rounds = replace(work.spool.read(), count=extent.rounds)
+    rounds = work.spool.read().first(extent.rounds)
     try:
         write_dataset(work.config.dataset, rounds, work.config.recipe(extent), check)
         scheduler.in_place = extent
     except AbandonedError:
+        work.crew.check()
         work.log.warn(f"writing IPC {extent.ipc} would end after the deadline: given up")
 
 
@@ -117,9 +131,11 @@ def check_folder(work: Work) -> None:
 def draw_sheet(work: Work) -> None:
     """The contact sheet, of the first round, once."""
     if not work.sheet_drawn:
-        classes = work.config.task.classes
+        classes, check = work.config.task.classes, work.crew.check
         images = work.spool.read()[np.zeros(len(classes), np.int64), np.arange(len(classes))]
-        write_whole(work.config.dataset.with_suffix(".png"), draw_contact_sheet(images, [c.name for c in classes]))
+        write_whole(
+            work.config.dataset.with_suffix(".png"), draw_contact_sheet(images, [c.name for c in classes]), check
+        )
         work.sheet_drawn = True
 
 
@@ -129,9 +145,12 @@ def write_manifest(work: Work, extent: Extent, patience: float) -> None:
     `patience` is how many seconds to wait for the checkpoint's hashes. Raises OutputError.
     """
     config, generator, scheduler, log = work.config, work.generator, work.scheduler, work.log
+    spool, crew = work.spool, work.crew
     files = work.digests.wait(patience)
     if files is None and patience:
         log.warn("the checkpoint's SHA-256 was not ready in time and is missing from the manifest")
+    resumed, by_rank = len(spool.before), spool.by_rank(extent.rounds)
+    numbers = spool.read().first(extent.rounds).numbers
     generating = max(log.timings.get("generate", 0.0), 1e-9)
     content = {
         "task": config.task.name,
@@ -147,8 +166,13 @@ def write_manifest(work: Work, extent: Extent, patience: float) -> None:
         "budget_seconds": scheduler.budget.seconds,
         "elapsed_seconds": round(scheduler.budget.elapsed, 2),
         "phases_seconds": {name: round(seconds, 3) for name, seconds in list(log.timings.items())},
-        "images_per_second": round((scheduler.images - work.resumed) / generating, 2),
-        "resumed_rounds": work.resumed // scheduler.shape.classes,
+        "images_per_second": round((scheduler.total_images - resumed * scheduler.shape.classes) / generating, 2),
+        "resumed_rounds": resumed,
+        "job": crew.place.job,
+        "processes": crew.place.ranks,
+        "rounds_by_rank": [by_rank.get(rank, 0) for rank in range(crew.place.ranks)],
+        "ranks_gone": crew.silent(),
+        "rounds_left_out": np.setdiff1d(np.arange(numbers[-1]), numbers).tolist(),
         "snapshots_seconds": round(scheduler.spent, 3),
         "batch_size": scheduler.batch.current,
         "images_regenerated": generator.regenerated,
@@ -162,7 +186,7 @@ def write_manifest(work: Work, extent: Extent, patience: float) -> None:
             "fidelity_wanted_db": FIDELITY,
         },
         "checkpoint": {"source": work.checkpoint.source, "path": str(work.checkpoint.path), "sha256": files},
-        "warnings": list(log.warnings),
+        "warnings": [*log.warnings, *crew.warnings()],
         **machine(generator.sampler.device),
     }
-    write_json(config.dataset.with_suffix(".json"), content)
+    write_json(config.dataset.with_suffix(".json"), content, crew.check)

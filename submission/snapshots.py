@@ -42,10 +42,20 @@ class SnapshotWriter:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, path: Path, rounds: Rounds, recipe: Recipe, extent: Extent, then: Callable[[Extent], None]) -> None:
-        """Begins to write; `then` is called on the same thread once the file is in place."""
+    def start(
+        self,
+        path: Path,
+        rounds: Rounds,
+        recipe: Recipe,
+        extent: Extent,
+        may: Callable[[], None],
+        then: Callable[[Extent], None],
+    ) -> None:
+        """Begins to write; `may` is asked on the way and may raise AbandonedError; `then` is called on the same thread
+        once the file is in place."""
 
         def check(_: float) -> None:
+            may()
             if self._abandoned:
                 raise AbandonedError
 

@@ -4,11 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from submission.augment import PdaStyle
 from submission.budget import Scheduler, Shape
 from submission.checkpoint import Checkpoint
+from submission.crew import Crew
 from submission.dataset_file import Recipe
 from submission.decoder import Rung
 from submission.estimates import Extent
@@ -54,7 +57,10 @@ class JobConfig:
 
 @dataclass
 class Work:
-    """A job in the making: what generates, what decides, what is on disk, and the plans that were announced."""
+    """A job in the making: what generates, what decides, what is on disk, and the plans that were announced.
+
+    `numbers` [R] are the rounds that fall to this rank, in their order.
+    """
 
     config: JobConfig
     checkpoint: Checkpoint
@@ -63,8 +69,9 @@ class Work:
     spool: Spool
     scheduler: Scheduler
     log: Log
+    crew: Crew
+    numbers: NDArray[np.int64]
     writer: SnapshotWriter = field(default_factory=SnapshotWriter)
     plans: list[dict[str, float]] = field(default_factory=list)
     sheet_drawn: bool = False
     finished: bool = False
-    resumed: int = 0  # images from the run before
