@@ -11,7 +11,7 @@ import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,14 +62,16 @@ def write_dataset(
     recipe: Recipe,
     check: Callable[[float], None] = lambda _: None,
     *,
+    placing: AbstractContextManager[object] | None = None,
     alone: bool = True,
 ) -> float:
     """Writes `path` from `rounds` [R, classes, 3, H, W] and puts it in place whole, checked, or not at all.
 
     Class by class: the R generated images in round order, then copies, the first copy of every image before the second
     of any: at place j of a class stands round `j % R`, copy `j // R` (0 is the image itself). `check` is told often
-    what fraction is done, and may raise AbandonedError to give up. With `alone` all cores are used, without it only
-    the calling thread. Returns the seconds spent waiting for the disk. Raises OutputError.
+    what fraction is done, and may raise AbandonedError to give up. `placing` is held while the file is put in place.
+    With `alone` all cores are used, without it only the calling thread. Returns the seconds spent waiting for the
+    disk. Raises OutputError.
     """
     task = recipe.task
     scratch = unfinished(path, threading.get_ident())
@@ -107,7 +109,8 @@ def write_dataset(
             else:
                 verify(scratch, recipe, check)
         check(1.0)
-        scratch.replace(path)
+        with placing or nullcontext():
+            scratch.replace(path)
         return waited
     except OSError as error:
         needed = np.prod(shape) * recipe.dtype.itemsize

@@ -1,5 +1,7 @@
 """Rounds to files: snapshots beside generation, the last file, and what lies beside it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
@@ -21,13 +23,20 @@ def start_snapshot(work: Work, extent: Extent) -> None:
     config = work.config
     check_folder(work)
 
-    def complete(extent: Extent) -> None:
-        work.scheduler.in_place = extent
+    def complete() -> None:
         draw_sheet(work)
-        write_manifest(work, extent, patience=0)
+        write_manifest(work)
 
     rounds = replace(work.spool.read(), count=extent.rounds)
-    work.writer.start(config.dataset, rounds, config.recipe(extent), extent, complete)
+    work.writer.start(config.dataset, rounds, config.recipe(extent), extent, placing(work, extent), complete)
+
+
+@contextmanager
+def placing(work: Work, extent: Extent) -> Iterator[None]:
+    """While the file of `extent` comes into place: nobody writes a manifest until it is known to be there."""
+    with work.placing:
+        yield
+        work.scheduler.in_place = extent
 
 
 def collect_snapshot(work: Work) -> None:
@@ -68,7 +77,9 @@ def finish(work: Work, *, stopped: bool) -> None:
         log.warn(f"there was no room to write more than IPC {extent.ipc} of the {config.cap} allowed")
     with log.phase("sheet and manifest"):
         draw_sheet(work)
-        write_manifest(work, extent, HASH_PATIENCE)
+        if work.digests.wait(HASH_PATIENCE) is None:
+            log.warn("the checkpoint's SHA-256 was not ready in time and is missing from the manifest")
+        write_manifest(work)
     copies = f"the rest {config.pda} copies" if extent.rounds < extent.ipc else "no copies"
     log.say(
         f"{config.dataset}: {len(config.task.classes)} classes, IPC {extent.ipc} ({min(extent.rounds, extent.ipc)} "
@@ -93,8 +104,7 @@ def write_last(work: Work, extent: Extent) -> None:
 
     rounds = replace(work.spool.read(), count=extent.rounds)
     try:
-        write_dataset(work.config.dataset, rounds, work.config.recipe(extent), check)
-        scheduler.in_place = extent
+        write_dataset(work.config.dataset, rounds, work.config.recipe(extent), check, placing=placing(work, extent))
     except AbandonedError:
         work.log.warn(f"writing IPC {extent.ipc} would end after the deadline: given up")
 
@@ -123,17 +133,20 @@ def draw_sheet(work: Work) -> None:
         work.sheet_drawn = True
 
 
-def write_manifest(work: Work, extent: Extent, patience: float) -> None:
-    """The manifest: what was asked, what was done, how long it took, and every fallback on the way.
+def write_manifest(work: Work) -> None:
+    """The manifest of the file in place: what was asked, what was done, how long it took, every fallback on the way.
 
-    `patience` is how many seconds to wait for the checkpoint's hashes. Raises OutputError.
+    Raises OutputError.
     """
+    with work.placing:
+        if (extent := work.scheduler.in_place) is not None:
+            write_json(work.config.dataset.with_suffix(".json"), manifest(work, extent))
+
+
+def manifest(work: Work, extent: Extent) -> dict[str, object]:
     config, generator, scheduler, log = work.config, work.generator, work.scheduler, work.log
-    files = work.digests.wait(patience)
-    if files is None and patience:
-        log.warn("the checkpoint's SHA-256 was not ready in time and is missing from the manifest")
     generating = max(log.timings.get("generate", 0.0), 1e-9)
-    content = {
+    return {
         "task": config.task.name,
         "classes": len(config.task.classes),
         "size": config.task.size,
@@ -161,8 +174,11 @@ def write_manifest(work: Work, extent: Extent, patience: float) -> None:
             "fidelity_db": dict(generator.decoder.fidelity),
             "fidelity_wanted_db": FIDELITY,
         },
-        "checkpoint": {"source": work.checkpoint.source, "path": str(work.checkpoint.path), "sha256": files},
+        "checkpoint": {
+            "source": work.checkpoint.source,
+            "path": str(work.checkpoint.path),
+            "sha256": work.digests.wait(0),
+        },
         "warnings": list(log.warnings),
         **machine(generator.sampler.device),
     }
-    write_json(config.dataset.with_suffix(".json"), content)

@@ -168,6 +168,7 @@ def duties(work: Work, guard: Guard) -> Duties:
         return 0 if scheduler.in_place else BudgetError.exit_code
 
     def last_words() -> None:
+        work.placing.acquire()  # for good: from here on neither file nor manifest changes but by what follows
         extent = scheduler.in_place
         if work.finished:
             return
@@ -181,7 +182,7 @@ def duties(work: Work, guard: Guard) -> Duties:
             f"time is up: the last file is not done, the one in place stays (IPC {extent.ipc}, {extent.rounds} of "
             f"{work.spool.count} rounds)"
         )
-        write_manifest(work, extent, patience=0)
+        write_manifest(work)
 
     return Duties(scheduler.overdue, scheduler.late, code, hurry, take_over, last_words)
 

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,8 +43,16 @@ class SnapshotWriter:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, path: Path, rounds: Rounds, recipe: Recipe, extent: Extent, then: Callable[[Extent], None]) -> None:
-        """Begins to write; `then` is called on the same thread once the file is in place."""
+    def start(
+        self,
+        path: Path,
+        rounds: Rounds,
+        recipe: Recipe,
+        extent: Extent,
+        placing: AbstractContextManager[object],
+        then: Callable[[], None],
+    ) -> None:
+        """Begins to write; `placing` is held while the file comes into place, then `then` is called on that thread."""
 
         def check(_: float) -> None:
             if self._abandoned:
@@ -55,11 +64,11 @@ class SnapshotWriter:
             torch.set_num_threads(1)  # of this thread alone
             busy = time.thread_time()
             try:
-                waited = write_dataset(path, rounds, recipe, check, alone=False)
+                waited = write_dataset(path, rounds, recipe, check, placing=placing, alone=False)
                 spent = time.thread_time() - busy
                 # Without what it waited for cores and for Python's own lock, which the last file need not share.
                 self._done = Snapshot(extent, spent + waited, spent)
-                then(extent)
+                then()
             except AbandonedError:
                 pass
             except Exception as error:  # noqa: BLE001  raised again where the snapshot is collected

@@ -1,5 +1,6 @@
 """What was asked for, and a job in the making: what the steps of the story hand to each other."""
 
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -54,7 +55,10 @@ class JobConfig:
 
 @dataclass
 class Work:
-    """A job in the making: what generates, what decides, what is on disk, and the plans that were announced."""
+    """A job in the making: what generates, what decides, what is on disk, and the plans that were announced.
+
+    `placing` is held to put a file in place and to write the manifest of the one that is.
+    """
 
     config: JobConfig
     checkpoint: Checkpoint
@@ -64,6 +68,7 @@ class Work:
     scheduler: Scheduler
     log: Log
     writer: SnapshotWriter = field(default_factory=SnapshotWriter)
+    placing: threading.RLock = field(default_factory=threading.RLock)
     plans: list[dict[str, float]] = field(default_factory=list)
     sheet_drawn: bool = False
     finished: bool = False

@@ -157,6 +157,13 @@ def test_a_device_that_does_not_answer_does_not_hold_up_the_deadline(tmp_path: P
     assert any("does not come back" in warning for warning in manifest["warnings"])
 
 
+def test_file_and_manifest_agree_whatever_happens_at_the_deadline(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = forked.start(output, *NO_CAP, "--aug-per-image", "0", "--budget", "8s", fault="slow_to_notice")
+    assert end(process) == 0, said(output)
+    manifest_of(output)
+
+
 def test_a_job_that_nobody_listens_to_is_gone_at_its_deadline(tmp_path: Path) -> None:
     output, began = tmp_path / "out", time.time()
     options = (*NO_CAP, "--budget", "4s", "--started-at", str(began))
