@@ -40,6 +40,8 @@ WATCH_TRUST, WATCH_GAIN = 0.15, 1.1
 BATCHES_BEFORE_GIVING_UP = 3
 # A batch that takes this many times as long as expected, and this many seconds longer, is an outage and no pace.
 STALL_FACTOR, STALL_SECONDS = 5.0, 1.0
+# Other ranks are waited for while the last file could take so many times as long as it cautiously should.
+WAIT_FACTOR = 2.0
 # Seconds that the last file is begun earlier than usual where the batch before it does not come back.
 STALL_RESERVE = 1.0
 
@@ -53,7 +55,7 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
-@dataclass(frozen=True)
+@dataclass
 class Budget:
     """A span of time with a deadline, on a clock that never jumps.
 
@@ -71,6 +73,10 @@ class Budget:
     @property
     def left(self) -> float:
         return self.seconds - self.elapsed
+
+    def began(self, epoch: float) -> None:
+        """The job had begun at `epoch` (Unix seconds), if that is earlier: another process of it says so."""
+        self.start = min(self.start, self.clock() - (time.time() - epoch))
 
     @property
     def last(self) -> float:
@@ -117,16 +123,23 @@ class Plan:
 
 
 def make_plan(
-    left: float, images_done: int, batch_size: int, pace: Pace, finish: Callable[[Extent], float], shape: Shape
+    left: float,
+    images_done: int,
+    batch_size: int,
+    pace: Pace,
+    finish: Callable[[Extent], float],
+    shape: Shape,
+    ranks: int = 1,
 ) -> Plan:
-    """The largest plan that fits into `left` seconds, given `images_done` so far, counted across rounds.
+    """The largest plan that fits into `left` seconds, given `images_done` so far, counted across rounds, with so many
+    ranks at the same pace.
 
     `finish` says how many seconds to keep for a file. The plan's `rounds` never lie below the whole rounds already
     done; equal to them means: stop generating, finish now.
     """
 
     def generate(rounds: int) -> float:
-        return pace.bound(max(0, rounds * shape.classes - images_done), batch_size)
+        return pace.bound(max(0, rounds * shape.classes - images_done) / ranks, batch_size)
 
     def total(rounds: int) -> float:
         return generate(rounds) + finish(shape.extent(rounds))
@@ -144,6 +157,9 @@ class Scheduler:
     It goes on while the fastest pace seen could still complete a round (trying costs nothing) and the cautious pace
     leaves time to write what is there. `in_place` is what the file on disk holds, `spent` the seconds that snapshots
     have taken from generation.
+
+    `images` and the pace are this rank's, which makes `share` rounds at most; `elsewhere` are the rounds of the others
+    and of a run before, and `ranks` are at work, this one among them, and taken to be as fast.
     """
 
     budget: Budget
@@ -153,6 +169,9 @@ class Scheduler:
     pace: Pace = field(default_factory=Pace)
     fastest: float = math.inf
     images: int = 0
+    share: float = math.inf
+    elsewhere: int = 0
+    ranks: int = 1
     batches: int = 0
     in_place: Extent | None = None
     spent: float = 0.0
@@ -163,8 +182,13 @@ class Scheduler:
 
     @property
     def rounds(self) -> int:
-        """Whole rounds done."""
-        return self.images // self.shape.classes
+        """Whole rounds done, by all."""
+        return self.elsewhere + self.images // self.shape.classes
+
+    @property
+    def total_images(self) -> int:
+        """Images done, by all: of others, those in whole rounds."""
+        return self.elsewhere * self.shape.classes + self.images
 
     @property
     def left(self) -> float:
@@ -196,15 +220,18 @@ class Scheduler:
         return size
 
     def _next_batch(self) -> int:
-        full = min(self.batch.current, self.shape.cap * self.shape.classes - self.images)
+        classes = self.shape.classes
+        wanted = min(self.share * classes - self.images, self.shape.cap * classes - self.total_images)
+        full = int(min(self.batch.current, max(wanted, 0)))
         if self.rounds == 0 and self.batches < BATCHES_BEFORE_GIVING_UP:
             return full
-        if not self.batches:  # resumed: there is no pace yet
+        if not self.batches:  # the rounds are others': there is no pace yet
             return full if self.finish(self.shape.extent(self.rounds)) <= self.left else 0
-        missing = self.shape.classes - self.images % self.shape.classes
-        hopeful = self.fastest * missing + self.finish(self.shape.extent(self.rounds + 1))
+        missing = classes - self.images % classes
+        hopeful = self.fastest * missing + self.finish(self.shape.extent(self.rounds + self.ranks))
         for size in (full, min(full, missing)):
-            after = self.shape.extent((self.images + size) // self.shape.classes)
+            own, others = (self.images + size) // classes, (self.ranks - 1) * math.ceil(size / classes)
+            after = self.shape.extent(self.elsewhere + own + others)
             cautious = self.pace.bound(size, self.batch.current) + self.finish(after)
             if max(hopeful, cautious) <= self.left:
                 return size
@@ -289,6 +316,11 @@ class Scheduler:
         self.cost.rescale(slower)
         return True
 
+    def can_wait(self) -> bool:
+        """Whether there is time to wait for other ranks before the file is begun, and not to the last moment: they make
+        it slower while they are at work."""
+        return WAIT_FACTOR * self.cost.bound(self.shape.extent(self.rounds)) + self.closing < self.left
+
     def overdue(self) -> bool:
         """Whether the last file, of the rounds there are, should be begun without waiting for the batch any longer."""
         return self.rounds > 0 and self.budget.elapsed >= self.overdue_at()
@@ -306,7 +338,9 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The rounds to expect from here on."""
-        return make_plan(self.left, self.images, self.batch.current, self.pace, self.finish, self.shape)
+        return make_plan(
+            self.left, self.total_images, self.batch.current, self.pace, self.finish, self.shape, self.ranks
+        )
 
     def too_small(self) -> BudgetError:
         """Says that the budget cannot hold one round, and what would."""

@@ -10,6 +10,8 @@ from pathlib import Path
 from submission.budget import Budget, parse_seconds, start_budget
 from submission.errors import BankoError
 from submission.guard import Guard
+from submission.launch import launch
+from submission.ranks import find_place
 from submission.tasks import Task, builtin_names, load_task
 
 EXAMPLES = """examples:
@@ -87,6 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dtype", choices=("float32", "float16"), default="float32", help="of the file (default: float32)"
     )
+    parser.add_argument(
+        "--processes",
+        type=number_from(1),
+        default=1,
+        metavar="N",
+        help="so many processes that share out the rounds, a GPU each where there are any (default: 1)",
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the rounds that an interrupted run left in DIR"
@@ -100,7 +109,7 @@ def main(arguments: Sequence[str] | None = None, process_start: float | None = N
     """Runs the command line and returns the exit code. `process_start` is in Unix seconds."""
     options = build_parser().parse_args(arguments)
     try:
-        return _run(options, process_start or time.time())
+        return _run(options, sys.argv[1:] if arguments is None else arguments, process_start or time.time())
     except BankoError as error:
         if options.debug:
             raise
@@ -108,9 +117,13 @@ def main(arguments: Sequence[str] | None = None, process_start: float | None = N
         return error.exit_code
 
 
-def _run(options: argparse.Namespace, process_start: float) -> int:
+def _run(options: argparse.Namespace, arguments: Sequence[str], process_start: float) -> int:
     task = load_task(options.task)
-    budget = start_budget(parse_seconds(options.budget), process_start, options.started_at)
+    seconds = parse_seconds(options.budget)
+    if options.processes > 1:
+        started = min(process_start, options.started_at or process_start)
+        return launch(options.processes, arguments, started)
+    budget = start_budget(seconds, process_start, options.started_at)
     with Guard(budget) as guard:
         _run_job(options, task, budget, guard)
     return 0
@@ -138,9 +151,11 @@ def _run_job(options: argparse.Namespace, task: Task, budget: Budget, guard: Gua
         device=options.device,
         resume=options.resume,
     )
-    log = Log(options.log or default_style(), budget)
+    place = find_place()
+    speaker = f"rank {place.rank}: " if place.ranks > 1 else ""
+    log = Log(options.log or default_style(), budget, speaker, quiet=place.rank > 0)
     try:
-        run(config, budget, log, guard)
+        run(config, place, budget, log, guard)
     finally:
         log.close()
 

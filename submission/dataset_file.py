@@ -6,7 +6,6 @@ with `weights_only=True` and can map it. It is streamed, so that memory does not
 
 import errno
 import os
-import threading
 import zipfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -68,13 +67,13 @@ def write_dataset(
     """Writes `path` from `rounds` [R, classes, 3, H, W] and puts it in place whole, checked, or not at all.
 
     Class by class: the R generated images in round order, then copies, the first copy of every image before the second
-    of any: at place j of a class stands round `j % R`, copy `j // R` (0 is the image itself). `check` is told often
+    of any: at place j of a class stands image `j % R`, copy `j // R` (0 is the image itself). `check` is told often
     what fraction is done, and may raise AbandonedError to give up. `placing` is held while the file is put in place.
     With `alone` all cores are used, without it only the calling thread. Returns the seconds spent waiting for the
     disk. Raises OutputError.
     """
     task = recipe.task
-    scratch = unfinished(path, threading.get_ident())
+    scratch = unfinished(path)
     shape = (len(task.classes) * recipe.ipc, 3, task.size, task.size)
     chunks = _chunks(rounds, recipe)
     share = (1 - VERIFYING) / -(-shape[0] // _chunk_size(task))
@@ -177,7 +176,8 @@ def _chunk(rounds: NDArray[np.uint8] | Rounds, recipe: Recipe, positions: NDArra
     images = torch.from_numpy(rounds[sources, labels])
     pixels = images.float() / 255
     copied = copies > 0
-    identities = np.stack([labels, sources, copies], axis=1)[copied]
+    numbers = rounds.numbers[sources] if isinstance(rounds, Rounds) else sources
+    identities = np.stack([labels, numbers, copies], axis=1)[copied]
     pixels[copied] = augment(images[copied], identities, recipe.seed, recipe.pda)
     return ((pixels - mean) / std).to(recipe.dtype)
 

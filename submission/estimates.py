@@ -44,7 +44,7 @@ class Pace:
         self.mean += weight * surprise
         self.variance = (1 - weight) * (self.variance + weight * surprise**2) if self.batches > 1 else 0.0
 
-    def bound(self, images: int, batch_size: int) -> float:
+    def bound(self, images: float, batch_size: int) -> float:
         """Cautious seconds for so many images: deviations of independent batches add up as their square root."""
         batches = images / batch_size
         return images * self.mean + PACE_DEVIATIONS * batch_size * math.sqrt(self.variance * batches)

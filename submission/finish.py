@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from submission.decoder import FIDELITY
 from submission.errors import OutputError
 from submission.estimates import Extent
 from submission.manifest import machine, write_json, write_whole
+from submission.output_folder import release
 from submission.work import Work
 
 # Seconds the last manifest may wait for the checkpoint's hashes, which were begun at the start.
@@ -27,16 +27,21 @@ def start_snapshot(work: Work, extent: Extent) -> None:
         draw_sheet(work)
         write_manifest(work)
 
-    rounds = replace(work.spool.read(), count=extent.rounds)
+    rounds = work.spool.read().first(extent.rounds)
     work.writer.start(config.dataset, rounds, config.recipe(extent), extent, placing(work, extent), complete)
 
 
 @contextmanager
 def placing(work: Work, extent: Extent) -> Iterator[None]:
-    """While the file of `extent` comes into place: nobody writes a manifest until it is known to be there."""
+    """While the file of `extent` is put in place: nobody writes a manifest until it is known to be there.
+
+    Raises AbandonedError where another rank has taken the job over.
+    """
     with work.placing:
+        work.crew.check()
         yield
         work.scheduler.in_place = extent
+    work.crew.report()
 
 
 def collect_snapshot(work: Work) -> None:
@@ -44,6 +49,8 @@ def collect_snapshot(work: Work) -> None:
     try:
         done = work.writer.collect()
     except OutputError:
+        if work.crew.replaced():
+            return
         if work.config.output.is_dir():
             raise
         check_folder(work)
@@ -58,18 +65,27 @@ def finish(work: Work, *, stopped: bool) -> None:
 
     Then the spool is of no more use, unless the job was `stopped` and may be resumed.
 
-    Raises BudgetError where there is no time for any file, and OutputError.
+    Raises BudgetError where there is no time for any file, OutputError, and AbandonedError where another rank has taken
+    the job over.
     """
     config, scheduler, spool, log = work.config, work.scheduler, work.spool, work.log
     work.writer.abandon()
     collect_snapshot(work)
     check_folder(work)
+    work.crew.look()
     with log.phase("write and verify"):
         while (extent := scheduler.last_file()) is not None and not scheduler.late():
+            work.crew.check()
             write_last(work, extent)
     if scheduler.in_place is None:
         raise scheduler.too_small()
     extent = scheduler.in_place
+    for rank, report in sorted(work.crew.reports.copy().items()):
+        there = f"{spool.by_rank().get(rank, 0)} rounds of it were there"
+        if rank in work.crew.silent():
+            log.warn(f"rank {rank} was gone by the end: {there}")
+        elif not report.get("done"):
+            log.say(f"rank {rank} was still at work at the end: {there}")
     ready = scheduler.shape.ipc(spool.count)
     if extent.ipc < ready:
         log.warn(f"there was no time to write more than IPC {extent.ipc} of the {ready} that were ready")
@@ -86,10 +102,12 @@ def finish(work: Work, *, stopped: bool) -> None:
         f"generated, {copies}), {scheduler.budget.left:.1f} s before the deadline"
     )
     work.finished = True
+    work.crew.finish()
     if stopped and spool.count < scheduler.shape.cap:
         log.say(f"its {spool.count} rounds are kept in {spool.folder}: --resume goes on from them")
     else:
         spool.remove()
+    release(config.output)
     log.close()
 
 
@@ -99,13 +117,15 @@ def write_last(work: Work, extent: Extent) -> None:
     began = scheduler.budget.elapsed
 
     def check(fraction: float) -> None:
+        work.crew.check()
         if scheduler.too_slow(extent, began, fraction):
             raise AbandonedError
 
-    rounds = replace(work.spool.read(), count=extent.rounds)
+    rounds = work.spool.read().first(extent.rounds)
     try:
         write_dataset(work.config.dataset, rounds, work.config.recipe(extent), check, placing=placing(work, extent))
     except AbandonedError:
+        work.crew.check()
         work.log.warn(f"writing IPC {extent.ipc} would end after the deadline: given up")
 
 
@@ -127,9 +147,11 @@ def check_folder(work: Work) -> None:
 def draw_sheet(work: Work) -> None:
     """The contact sheet, of the first round, once."""
     if not work.sheet_drawn:
-        classes = work.config.task.classes
+        classes, check = work.config.task.classes, work.crew.check
         images = work.spool.read()[np.zeros(len(classes), np.int64), np.arange(len(classes))]
-        write_whole(work.config.dataset.with_suffix(".png"), draw_contact_sheet(images, [c.name for c in classes]))
+        write_whole(
+            work.config.dataset.with_suffix(".png"), draw_contact_sheet(images, [c.name for c in classes]), check
+        )
         work.sheet_drawn = True
 
 
@@ -140,11 +162,14 @@ def write_manifest(work: Work) -> None:
     """
     with work.placing:
         if (extent := work.scheduler.in_place) is not None:
-            write_json(work.config.dataset.with_suffix(".json"), manifest(work, extent))
+            write_json(work.config.dataset.with_suffix(".json"), manifest(work, extent), work.crew.check)
 
 
 def manifest(work: Work, extent: Extent) -> dict[str, object]:
     config, generator, scheduler, log = work.config, work.generator, work.scheduler, work.log
+    spool, crew = work.spool, work.crew
+    resumed, by_rank = len(spool.before), spool.by_rank(extent.rounds)
+    numbers = spool.read().first(extent.rounds).numbers
     generating = max(log.timings.get("generate", 0.0), 1e-9)
     return {
         "task": config.task.name,
@@ -160,8 +185,13 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
         "budget_seconds": scheduler.budget.seconds,
         "elapsed_seconds": round(scheduler.budget.elapsed, 2),
         "phases_seconds": {name: round(seconds, 3) for name, seconds in list(log.timings.items())},
-        "images_per_second": round((scheduler.images - work.resumed) / generating, 2),
-        "resumed_rounds": work.resumed // scheduler.shape.classes,
+        "images_per_second": round((scheduler.total_images - resumed * scheduler.shape.classes) / generating, 2),
+        "resumed_rounds": resumed,
+        "job": crew.place.job,
+        "processes": crew.place.ranks,
+        "rounds_by_rank": [by_rank.get(rank, 0) for rank in range(crew.place.ranks)],
+        "ranks_gone": crew.silent(),
+        "rounds_left_out": np.setdiff1d(np.arange(numbers[-1]), numbers).tolist(),
         "snapshots_seconds": round(scheduler.spent, 3),
         "batch_size": scheduler.batch.current,
         "images_regenerated": generator.regenerated,
@@ -179,6 +209,6 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
             "path": str(work.checkpoint.path),
             "sha256": work.digests.wait(0),
         },
-        "warnings": list(log.warnings),
+        "warnings": [*log.warnings, *crew.warnings()],
         **machine(generator.sampler.device),
     }

@@ -45,9 +45,8 @@ class Generator:
     decoder: Decoder
     regenerated: int = 0
 
-    def images(self, start: int, stop: int, log: Log) -> Tensor:
-        """Images `start` to `stop` as uint8 [n, 3, size, size] on the CPU. Raises CheckpointError."""
-        numbers = np.arange(start, stop)
+    def images(self, numbers: NDArray[np.int64], log: Log) -> Tensor:
+        """The images of those numbers [n] as uint8 [n, 3, size, size] on the CPU. Raises CheckpointError."""
         latents = self.latents(numbers, log)
         pixels, sound = decode(self.decoder, latents)
         if not sound.all() and self.vae.dtype != torch.float32:

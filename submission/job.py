@@ -6,7 +6,11 @@ import math
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,16 +20,20 @@ from submission import checkpoint as checkpoints
 from submission.batch_size import BatchSize
 from submission.budget import Budget, Scheduler
 from submission.checkpoint import Checkpoint
+from submission.crew import Crew
 from submission.crowding import Crowding
+from submission.dataset_file import AbandonedError
+from submission.device import choose_device, share_out
 from submission.errors import BankoError, BudgetError, OutputError, UsageError
 from submission.estimates import FileCost
 from submission.finish import collect_snapshot, finish, start_snapshot, write_manifest
 from submission.generator import load_generator
 from submission.guard import Duties, Guard
-from submission.manifest import Digests
-from submission.output_folder import claimed, remove_unfinished, room
+from submission.manifest import Digests, job_of
+from submission.output_folder import claimed, release, remove_unfinished, room
 from submission.progress import Log, Status
-from submission.rounds import Spool
+from submission.ranks import Place
+from submission.rounds import Spool, prepare_spool, remove_if_empty, share_of_rounds
 from submission.work import JobConfig, Work
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -39,22 +47,31 @@ USABLE_ROOM = 0.95
 DECODER_SHARE = 0.2
 # A change of the planned rounds by this share is worth a line in the log, and so much of the budget lies between two.
 PLAN_CHANGE, PLAN_SPACING = 0.1, 0.02
+# Seconds between two looks of a rank that has made its share at how far the others are.
+WAIT = 0.1
 
 
-def run(config: JobConfig, budget: Budget, log: Log, guard: Guard) -> None:
+def run(config: JobConfig, place: Place, budget: Budget, log: Log, guard: Guard) -> None:
     """Makes OUT/NAME.pt, .json and .png inside `budget`; `guard.stop` ends generation early.
+
+    Of several ranks, each makes its share of the rounds, and one, the writer, the files.
 
     Raises UsageError, BudgetError, CheckpointError or OutputError. Does not return where the guard takes over.
     """
     task = config.task
     log.timings["start and import"] = budget.elapsed
-    device = choose_device(config.device)
+    device = choose_device(config.device, place.local_rank)
+    share_out(device, place, log)
     checkpoint = checkpoints.choose(config.model, cuda=device.type == "cuda", environment=os.environ, root=PROJECT)
     log.say(
         f"{task.title}: {len(task.classes)} classes at {task.size} px; model: {checkpoint.source}; device: {device}"
     )
-    with claimed(config.output), open_spool(config, checkpoint, log) as spool:
+    with open_spool(config, checkpoint, place, budget, log) as spool:
+        crew = Crew(place, config.output, task.name, spool, log)
+        crew.start()
         digests = Digests(checkpoint)
+        if place.rank == 0:
+            digests.begin()
         generator = load_generator(
             task,
             checkpoint,
@@ -67,45 +84,56 @@ def run(config: JobConfig, budget: Budget, log: Log, guard: Guard) -> None:
             patience=DECODER_SHARE * budget.left,
         )
         scheduler = start_scheduler(config, budget, spool, log)
-        work = Work(config, checkpoint, digests, generator, spool, scheduler, log, resumed=scheduler.images)
+        crew.follow(scheduler)
+        numbers = share_of_rounds(scheduler.shape.cap, spool.before, place)
+        scheduler.share = len(numbers)
+        work = Work(config, checkpoint, digests, generator, spool, scheduler, log, crew, numbers)
         guard.duties = duties(work, guard)
         if guard.stop.is_set():
             scheduler.hurry()
         try:
             generate(work, guard)
             guard.finishing.acquire()  # for good; in vain where the guard has it, which ends the process
-            finish(work, stopped=guard.stop.is_set())
+            conclude(work, guard)
         finally:
+            crew.over.set()
             work.writer.abandon()
 
 
-def choose_device(wanted: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises UsageError where one is asked for and there is none."""
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or check the driver")
-    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
+@contextmanager
+def open_spool(config: JobConfig, checkpoint: Checkpoint, place: Place, budget: Budget, log: Log) -> Iterator[Spool]:
+    """The spool, in an output folder that is this job's while the context lasts.
 
-
-def open_spool(config: JobConfig, checkpoint: Checkpoint, log: Log) -> Spool:
-    """The job's spool, empty or with the rounds of the run to resume; what a killed run left is cleared away and said.
-
-    Raises UsageError where that run made its rounds of something else, and OutputError.
+    Its first process makes it anew, or keeps the rounds of the run to resume; what a killed run left is cleared away
+    and said. The others go by the first one's clock. Raises UsageError where that run made its rounds of something
+    else, and OutputError.
     """
     task = config.task
-    if leftovers := remove_unfinished(config.output, task.name):
-        log.say(f"{leftovers} unfinished files of an interrupted run removed")
     folder = config.output / f".{task.name}.spool"
-    spool = Spool(folder, len(task.classes), task.size, identity(config, checkpoint), resume=config.resume)
-    if config.resume:
-        log.say(
-            f"resumed: {spool.count} whole rounds of an interrupted run"
-            if spool.count
-            else f"nothing to resume in {folder}: starting anew"
-        )
-    elif spool.found:
-        log.warn(f"{spool.found} rounds of an interrupted run removed; --resume would have gone on from them")
-    return spool
+
+    epoch = time.time() - budget.elapsed
+
+    def prepare() -> None:
+        manifest = config.dataset.with_suffix(".json")
+        finished = not folder.exists() and job_of(manifest) == place.job
+        if finished and manifest.stat().st_mtime > epoch:
+            raise OutputError(f"{manifest} was finished by other processes of this job before this one came")
+        if leftovers := remove_unfinished(config.output, task.name):
+            log.say(f"{leftovers} unfinished files of an interrupted run removed")
+        label = identity(config, checkpoint)
+        found = prepare_spool(folder, len(task.classes), task.size, label, resume=config.resume)
+        if config.resume and not found:
+            log.say(f"nothing to resume in {folder}: starting anew")
+        elif found and not config.resume:
+            log.warn(f"{found} rounds of an interrupted run removed; --resume would have gone on from them")
+
+    with claimed(config.output, place.job, epoch, prepare, partial(remove_if_empty, folder)) as began:
+        if began is not None:
+            budget.began(began)
+        with Spool(folder, len(task.classes), task.size, place.rank) as spool:
+            if len(spool.before):
+                log.say(f"resumed: {len(spool.before)} whole rounds of an interrupted run")
+            yield spool
 
 
 def identity(config: JobConfig, checkpoint: Checkpoint) -> dict[str, str]:
@@ -142,22 +170,27 @@ def start_scheduler(config: JobConfig, budget: Budget, spool: Spool, log: Log) -
         log.say(f"{config.output} has {free / 1e9:,.1f} GB free, room for IPC {fitting} of the {shape.cap} allowed")
     cost = FileCost(shape.classes, GUESSED_FIXED, GUESSED_VALUE * values, GUESSED_COPY * values)
     scheduler = Scheduler(budget, replace(shape, cap=min(shape.cap, fitting)), cost, BatchSize(config.batch_size))
-    scheduler.images = min(spool.count, scheduler.shape.cap) * shape.classes
+    scheduler.elsewhere = len(spool.before)
     return scheduler
 
 
 def duties(work: Work, guard: Guard) -> Duties:
     """What the guard does where the main thread cannot."""
-    scheduler, log = work.scheduler, work.log
+    scheduler, log, crew = work.scheduler, work.log, work.crew
+
+    def overdue() -> bool:
+        return scheduler.overdue() if crew.writing else crew.over.is_set()
 
     def hurry(number: signal.Signals) -> None:
         scheduler.hurry()
-        log.warn(f"told to stop ({number.name}): finishing the file with {work.spool.count} rounds")
+        if crew.writing:
+            log.warn(f"told to stop ({number.name}): finishing the file with {scheduler.rounds} rounds")
 
     def take_over() -> int:
-        log.warn("generation does not come back: the file is finished without it")
+        if crew.writing:
+            log.warn("generation does not come back: the file is finished without it")
         try:
-            finish(work, stopped=guard.stop.is_set())
+            conclude(work, guard)
         except BankoError as error:
             log.close()
             print(f"error: {error}", file=sys.stderr)
@@ -170,11 +203,12 @@ def duties(work: Work, guard: Guard) -> Duties:
     def last_words() -> None:
         work.placing.acquire()  # for good: from here on neither file nor manifest changes but by what follows
         extent = scheduler.in_place
-        if work.finished:
+        if work.finished or not crew.writing:
             return
         if extent is None:
             if not work.spool.count:
                 work.spool.remove()
+                release(work.config.output)
             log.close()
             print(f"error: {scheduler.too_small()}", file=sys.stderr)
             return
@@ -184,31 +218,43 @@ def duties(work: Work, guard: Guard) -> Duties:
         )
         write_manifest(work)
 
-    return Duties(scheduler.overdue, scheduler.late, code, hurry, take_over, last_words)
+    return Duties(overdue, scheduler.late, code, hurry, take_over, last_words)
 
 
 def generate(work: Work, guard: Guard) -> None:
     """Adds rounds to the spool until the scheduler, asked again before every batch, says that it is time to write.
 
     A file is written after the first round and larger ones as rounds multiply, beside generation: from early on a
-    complete one is in place, and what the last one will cost is known. Raises BudgetError where not even one round
-    fits.
+    complete one is in place, and what the last one will cost is known. A rank that has made its share stays while
+    others have not: it may have to go on in the writer's place. Raises BudgetError where not even one round fits.
     """
     scheduler, spool, generator, log = work.scheduler, work.spool, work.generator, work.log
     classes, budget = scheduler.shape.classes, scheduler.budget
     pending, crowding = np.empty((0, *spool.shape[1:]), np.uint8), Crowding()
-    while not guard.stop.is_set() and (size := scheduler.next_batch()):
+    while not guard.stop.is_set() and not work.crew.over.is_set():
+        size = scheduler.next_batch()
+        work.crew.done = not size
+        if not size:
+            if work.crew.writing and not (work.crew.at_work and scheduler.can_wait()):
+                break
+            time.sleep(WAIT)
+            keep_up(work)
+            continue
         began, expected = budget.elapsed, size * scheduler.pace.mean
         disturbed = work.writer.busy
         with log.phase("generate"):
             try:
-                images = generator.images(scheduler.images, scheduler.images + size, log)
+                places = np.arange(scheduler.images, scheduler.images + size)
+                images = generator.images(work.numbers[places // classes] * classes + places % classes, log)
             except (RuntimeError, MemoryError) as error:
                 if not _out_of_memory(error):
-                    if not spool.count:
+                    if not scheduler.rounds:
                         raise
-                    log.warn(f"generation failed, the file is finished with {spool.count} rounds: {_first_line(error)}")
-                    break
+                    log.warn(
+                        f"generation failed, the file is finished with {scheduler.rounds} rounds: {_first_line(error)}"
+                    )
+                    scheduler.share = 0
+                    continue
                 if scheduler.batch.current == 1:
                     raise UsageError(
                         f"no memory for even one image at {generator.resolution} px: lower --resolution"
@@ -218,20 +264,46 @@ def generate(work: Work, guard: Guard) -> None:
                     torch.cuda.empty_cache()
                 log.warn(f"out of memory: batches of {scheduler.batch.current} from now on")
                 continue
-            pending = np.concatenate([pending, images.numpy()])
-            while len(pending) >= classes:
-                spool.append(pending[:classes])
+            pending, done = np.concatenate([pending, images.numpy()]), scheduler.images // classes
+            for number in work.numbers[done : done + len(pending) // classes].tolist():
+                spool.append(pending[:classes], number)
                 pending = pending[classes:]
         took = budget.elapsed - began
         if scheduler.observe(len(images), took, disturbed=disturbed):
             log.warn(f"a batch took {took:.1f} s where {expected:.1f} s were expected (a stopped process?): new plan")
         scheduler.cost.crowding = crowding.look(count=not disturbed)
+        keep_up(work)
+    if scheduler.rounds == 0 and not work.crew.over.is_set():
+        raise BudgetError("stopped before the first round was done: there is nothing to write")
+
+
+def keep_up(work: Work) -> None:
+    """What the writer does between batches: snapshots as they are due, and a word on how it goes."""
+    if work.crew.writing:
         collect_snapshot(work)
-        if not work.writer.busy and (extent := scheduler.snapshot()) is not None:
+        if not work.writer.busy and (extent := work.scheduler.snapshot()) is not None:
             start_snapshot(work, extent)
         announce(work)
-    if spool.count == 0:
-        raise BudgetError("stopped before the first round was done: there is nothing to write")
+
+
+def conclude(work: Work, guard: Guard) -> None:
+    """The end of a rank: the writer finishes the file; another stands by until that is done, or becomes the writer.
+
+    Raises BudgetError or OutputError.
+    """
+    work.crew.done = True
+    while not work.crew.over.is_set():
+        if not work.crew.writing:
+            time.sleep(WAIT)
+            continue
+        try:
+            finish(work, stopped=guard.stop.is_set())
+            return
+        except (AbandonedError, OutputError) as error:
+            if isinstance(error, OutputError) and not work.crew.replaced():
+                raise
+    if not work.config.dataset.exists():
+        raise OutputError(f"{work.config.output} was removed while the job ran")
 
 
 def _out_of_memory(error: Exception) -> bool:
@@ -250,9 +322,9 @@ def announce(work: Work) -> None:
             planned_rounds=planned,
             ipc=shape.ipc(scheduler.rounds),
             planned_ipc=shape.ipc(planned),
-            images=scheduler.images,
+            images=scheduler.total_images,
             planned_images=planned * shape.classes,
-            images_per_second=pace,
+            images_per_second=pace * scheduler.ranks,
         )
     )
     # Before the first file is in place, its cost is a guess.
@@ -267,7 +339,7 @@ def announce(work: Work) -> None:
                 "rounds": plan.rounds,
                 "ipc": plan.ipc,
                 "batch_size": scheduler.batch.current,
-                "images_per_second": round(pace, 2),
+                "images_per_second": round(scheduler.ranks * pace, 2),
                 "generate_seconds": round(plan.generate, 2),
                 "finish_seconds": round(plan.finish, 2),
                 "crowding": round(scheduler.cost.crowding, 2),
@@ -275,7 +347,7 @@ def announce(work: Work) -> None:
         )
         was = f" (was {before:.0f})" if before else ""
         log.say(
-            f"plan: {plan.rounds} rounds{was}, IPC {plan.ipc}; {pace:,.1f} images/s in batches of "
+            f"plan: {plan.rounds} rounds{was}, IPC {plan.ipc}; {scheduler.ranks * pace:,.1f} images/s in batches of "
             f"{scheduler.batch.current}; {plan.finish:.1f} s kept for writing"
         )
 

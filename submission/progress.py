@@ -42,16 +42,21 @@ class Status:
 
 
 class Log:
-    """Everything the job says, with the seconds since its start. Warnings are kept for the manifest."""
+    """Everything the job says, with the seconds since its start. Warnings are kept for the manifest.
 
-    def __init__(self, style: LogStyle, budget: Budget) -> None:
+    Of several processes, which say by `speaker` who they are, all but one are `quiet` and utter only warnings.
+    """
+
+    def __init__(self, style: LogStyle, budget: Budget, speaker: str = "", *, quiet: bool = False) -> None:
         self.style = style
         self.budget = budget
+        self.speaker = speaker
+        self.quiet = quiet
         self.warnings: list[str] = []
         self.timings: dict[str, float] = {}
         self._last_line = -LINE_SECONDS
         self._bar: Progress | None = None
-        if style == "rich":
+        if style == "rich" and not quiet:
             self._bar = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
@@ -81,6 +86,8 @@ class Log:
 
     def status(self, status: Status) -> None:
         """Shows progress: at once on a terminal, every `LINE_SECONDS` in a log."""
+        if self.quiet:
+            return
         if self._bar:
             self._bar.update(
                 self._row, completed=status.images, total=status.planned_images, figures=escape(str(status))
@@ -98,6 +105,9 @@ class Log:
             self._bar.stop()
 
     def _emit(self, event: str, text: str) -> None:
+        if self.quiet and event != "warning":
+            return
+        text = f"{self.speaker}{text}"
         prefix = "warning: " if event == "warning" else ""
         if self._bar:
             colour = "yellow" if prefix else "default"

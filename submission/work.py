@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from submission.augment import PdaStyle
 from submission.budget import Scheduler, Shape
 from submission.checkpoint import Checkpoint
+from submission.crew import Crew
 from submission.dataset_file import Recipe
 from submission.decoder import Rung
 from submission.estimates import Extent
@@ -57,7 +60,8 @@ class JobConfig:
 class Work:
     """A job in the making: what generates, what decides, what is on disk, and the plans that were announced.
 
-    `placing` is held to put a file in place and to write the manifest of the one that is.
+    `numbers` [R] are the rounds that fall to this rank, in their order. `placing` is held to put a file in place and to
+    write the manifest of the one that is.
     """
 
     config: JobConfig
@@ -67,9 +71,10 @@ class Work:
     spool: Spool
     scheduler: Scheduler
     log: Log
+    crew: Crew
+    numbers: NDArray[np.int64]
     writer: SnapshotWriter = field(default_factory=SnapshotWriter)
     placing: threading.RLock = field(default_factory=threading.RLock)
     plans: list[dict[str, float]] = field(default_factory=list)
     sheet_drawn: bool = False
     finished: bool = False
-    resumed: int = 0  # images from the run before

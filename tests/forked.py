@@ -17,7 +17,9 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from submission import cli, finish, guard, job
@@ -30,6 +32,8 @@ from submission.tasks import load_task
 from submission.work import Work
 
 NOBODY = 65534
+# What a batch takes on the slow device.
+STUB_SECONDS = 0.8
 
 
 @functools.cache
@@ -41,11 +45,14 @@ def generator() -> Generator:
     return load_generator(load_task("cifar100"), checkpoint, device, log, style="described", seed=0, resolution=None)
 
 
-def start(output: Path, *options: str, fault: str = "") -> ForkServerProcess:
-    """Starts the job in a process of its own, which prints to `output`.log. `fault` is the name of a function below."""
+def start(output: Path, *options: str, fault: str = "", rank: int = 0, ranks: int = 1) -> ForkServerProcess:
+    """Starts the job in a process of its own, which prints to `output`.log. `fault` is the name of a function below.
+
+    Of several `ranks`, each is to be started.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
-    process = context.Process(target=_job, args=(output, options, fault))
+    process = context.Process(target=_job, args=(output, options, fault, rank, ranks))
     process.start()
     return process
 
@@ -65,7 +72,10 @@ def wait_for(condition: Callable[[], bool], process: ForkServerProcess) -> None:
         time.sleep(0.005)
 
 
-def _job(output: Path, options: tuple[str, ...], fault: str) -> None:
+def _job(output: Path, options: tuple[str, ...], fault: str, rank: int, ranks: int) -> None:
+    if ranks > 1:
+        places = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
+        os.environ.update({name: str(number) for name, number in places.items()}, BANKO_JOB=str(output))
     log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -77,13 +87,13 @@ def _job(output: Path, options: tuple[str, ...], fault: str) -> None:
     os._exit(cli.main(arguments))
 
 
-def _when_generating(loaded: Generator, before: Callable[[int, int], None]) -> None:
-    """Has `before` called with the range of every batch."""
+def _when_generating(loaded: Generator, before: Callable[[NDArray[np.int64]], None]) -> None:
+    """Has `before` called with the images of every batch."""
     images: Callable[..., Tensor] = Generator.images
 
-    def with_fault(self: Generator, start: int, stop: int, log: Any) -> Tensor:
-        before(start, stop)
-        return images(self, start, stop, log)
+    def with_fault(self: Generator, numbers: NDArray[np.int64], log: Any) -> Tensor:
+        before(numbers)
+        return images(self, numbers, log)
 
     vars(loaded)["images"] = functools.partial(with_fault, loaded)
 
@@ -92,9 +102,9 @@ def little_memory(loaded: Generator) -> None:
     """Batches of more than ten do not fit: the first such time as on a GPU, then as on a CPU."""
     seen = []
 
-    def before(start: int, stop: int) -> None:
-        if stop - start > 10:
-            seen.append(stop)
+    def before(numbers: NDArray[np.int64]) -> None:
+        if len(numbers) > 10:
+            seen.append(numbers)
             if len(seen) == 1:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
             raise RuntimeError(
@@ -107,8 +117,8 @@ def little_memory(loaded: Generator) -> None:
 def stuck_device(loaded: Generator) -> None:
     """After some rounds a batch never comes back."""
 
-    def before(start: int, stop: int) -> None:
-        if start > 1000:
+    def before(numbers: NDArray[np.int64]) -> None:
+        if numbers[0] > 1000:
             time.sleep(1000)
 
     _when_generating(loaded, before)
@@ -116,14 +126,34 @@ def stuck_device(loaded: Generator) -> None:
 
 def unhurried_device(loaded: Generator) -> None:
     """Leaves time for something to happen between batches."""
-    _when_generating(loaded, lambda start, stop: time.sleep(0.3))
+    _when_generating(loaded, lambda _: time.sleep(0.3))
+
+
+def slow_device(loaded: Generator) -> None:
+    """A device of its own for every rank, which takes `STUB_SECONDS` a batch and none of the machine's cores.
+
+    The picture is always the same. Beside the log it is noted how many batches there were, and in which time.
+    """
+    dice = np.random.default_rng(0)
+    picture = torch.from_numpy(dice.integers(0, 256, (3, 32, 32), dtype=np.uint8))
+    times: list[float] = []
+
+    def images(numbers: NDArray[np.int64], _: Any) -> Tensor:
+        times.append(time.monotonic())
+        time.sleep(STUB_SECONDS)
+        times.append(time.monotonic())
+        file = Path(f"{os.environ['BANKO_JOB']}.times-{os.environ['RANK']}")
+        file.write_text(f"{len(times) // 2} {times[-1] - times[0]}")
+        return picture.repeat(len(numbers), 1, 1, 1)
+
+    vars(loaded)["images"] = images
 
 
 def failing_device(loaded: Generator) -> None:
     """After some rounds every batch fails."""
 
-    def before(start: int, stop: int) -> None:
-        if start > 1000:
+    def before(numbers: NDArray[np.int64]) -> None:
+        if numbers[0] > 1000:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     _when_generating(loaded, before)

@@ -130,7 +130,7 @@ def test_a_job_told_to_stop_at_any_moment_finishes_its_file(tmp_path: Path, tria
 def test_a_second_signal_ends_the_job_at_once(tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start_and_wait(output, *NO_CAP, fault="stuck_device")
-    forked.wait_for(lambda: (output / ".cifar100.spool/rounds.u8").stat().st_size > 3e6, process)
+    forked.wait_for(lambda: (output / ".cifar100.spool/rank-0.u8").stat().st_size > 3e6, process)
     kill(process, signal.SIGINT)
     time.sleep(0.1)
     kill(process, signal.SIGINT)
@@ -141,7 +141,7 @@ def test_a_second_signal_ends_the_job_at_once(tmp_path: Path) -> None:
 def test_a_device_that_does_not_answer_does_not_hold_up_a_stop(tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start_and_wait(output, *NO_CAP, fault="stuck_device")
-    forked.wait_for(lambda: (output / ".cifar100.spool/rounds.u8").stat().st_size > 3e6, process)
+    forked.wait_for(lambda: (output / ".cifar100.spool/rank-0.u8").stat().st_size > 3e6, process)
     kill(process, signal.SIGTERM)
     assert end(process, GRACE) == 0
     assert manifest_of(output)["rounds"] >= 10 and "does not come back" in said(output)
@@ -295,12 +295,12 @@ def test_an_interrupted_job_is_resumed_and_a_torn_round_made_again(tmp_path: Pat
     time.sleep(0.5)
     kill(process, signal.SIGKILL)
     end(process)
-    spool = output / ".cifar100.spool/rounds.u8"
+    spool = output / ".cifar100.spool/rank-0.u8"
     with spool.open("ab") as file:
         file.write(b"a part of a round")
     whole = spool.stat().st_size // (100 * 3 * 32 * 32)
     with spool.open("r+b") as file:
-        file.seek((whole - 1) * (100 * 3 * 32 * 32 + 4) + 1000)
+        file.seek((whole - 1) * (100 * 3 * 32 * 32 + 8) + 1000)
         file.write(b"torn")
     ipc = str(whole + 2)
     assert end(forked.start(output, "--resume", "--seed", "1", "--max-ipc", ipc)) == 2
@@ -332,12 +332,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         process = start_and_wait(output, *NO_CAP)
         kill(process, signal.SIGKILL)
         end(process)
-        folder = output / ".cifar100.spool"
-        identity = json.loads((folder / "identity.json").read_text())
-        with Spool(folder, 100, 32, identity, resume=True) as spool:
+        # Of another rank, as it were, which made all but the last.
+        with Spool(output / ".cifar100.spool", 100, 32, rank=1) as spool:
             dice = np.random.default_rng(0)
-            while spool.count < ipc - 1:
-                spool.append(dice.integers(0, 256, spool.shape, dtype=np.uint8))
+            for number in range(ipc - 1):
+                spool.append(dice.integers(0, 256, spool.shape, dtype=np.uint8), number)
         # One size of batch: the search ends at another every time, and each takes its own memory.
         options = ("--max-ipc", str(ipc), "--aug-per-image", "0", "--batch-size", "50")
         assert end(forked.start(output, "--resume", *options)) == 0
