@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,10 @@ class Crew:
         self.report()
 
     def report(self) -> None:
-        """Tells the others, who would else hear of it with the next beat. Raises OSError."""
+        """Tells the others at once what they would hear with the next beat, which warns where it cannot be told."""
         if self.place.ranks > 1:
-            self._report()
+            with suppress(OSError):
+                self._report()
 
     def _watch(self) -> None:
         self._report()
