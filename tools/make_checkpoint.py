@@ -25,7 +25,7 @@ from submission.cli import number_from
 from submission.errors import OutputError, UsageError
 from submission.tasks import PromptStyle, builtin_names, load_task
 from tools.command import exit_code_of
-from tools.embedded_layout import build_tokenizer
+from tools.embedded.layout import build_tokenizer
 
 CONFIGS = Path(__file__).parent / "sdxl_turbo"
 # What `small` changes: widths, and depths of what is deep.

@@ -19,24 +19,25 @@ from PIL import Image
 from torch import Tensor
 
 from submission.tasks import PromptStyle, Task, load_task
-from tools import embedded_layout as layout
 from tools import train_embedded
-from tools.embedded_objective import energy_distance, fit_class_gaussians, sample_class_gaussians
+from tools.embedded import layout
+from tools.embedded.gaussians import fit_class_gaussians, sample_class_gaussians
+from tools.embedded.vae import normalise_latents
 
 ROOT = Path(__file__).parents[2]
 EMBEDDED = ROOT / "submission" / "pretrained"
 REAL = ROOT.parent / "shared" / "data"
 STYLES: tuple[PromptStyle, ...] = ("label", "described", "diverse")
 
-# The trainer with batches for a test: a few images a step, every step logged.
+# The trainer with batches for a test: a few images a step, a line of the log every other step.
 SMALL = """
 import sys
-from tools import embedded_critics, train_embedded as t
-embedded_critics.AGES = (1, 2)
-t.VAE_BATCH, t.NORMALISE_ON, t.LOG_EVERY = 4, 16, 1
-t.CLASSES_IN_BATCH = {"cifar100": 4, "tinyimagenet": 2}
-t.IMAGES_OF_CLASS = {"cifar100": 2, "tinyimagenet": 2}
-sys.exit(t.main(sys.argv[1:]))
+from tools import train_embedded
+from tools.embedded import critics, one_step, progress, vae
+critics.AGES, critics.MEAN_OF = (0, 2), 1
+vae.BATCH, vae.NORMALISE_ON, progress.LOG_EVERY = 4, 16, 2
+one_step.CLASSES_IN_BATCH, one_step.IMAGES_OF_CLASS = 4, 2
+sys.exit(train_embedded.main(sys.argv[1:]))
 """
 
 
@@ -136,6 +137,12 @@ def threads() -> Iterator[None]:
 # The parts
 
 
+def test_a_tokenizer_depends_on_its_prompts_alone() -> None:
+    prompts = [prompt for task in tasks() for prompt in task.prompts("described")[0]]
+    vocabularies = [layout.build_tokenizer(prompts).get_vocab() for _ in range(4)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+
+
 def test_normalised_latents_have_sdxls_scale_and_decode_the_same() -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8, 8, 8), norm_num_groups=4, latent_channels=4, **vae_blocks())
@@ -146,7 +153,7 @@ def test_normalised_latents_have_sdxls_scale_and_decode_the_same() -> None:
         spread_before = (
             vae.encode(pixels).latent_dist.std / vae.encode(pixels).latent_dist.mean.std(dim=(0, 2, 3))[:, None, None]
         )
-        train_embedded.normalise_latents(vae, pixels)
+        normalise_latents(vae, pixels)
         posterior = vae.encode(pixels).latent_dist
         after = vae.decode(posterior.mean).sample
     means = posterior.mean * layout.LATENT_SCALE
@@ -171,38 +178,6 @@ def test_class_gaussians_have_the_moments_of_their_classes() -> None:
         real = latents[label].flatten(1)
         torch.testing.assert_close(samples.mean(dim=0), real.mean(dim=0), atol=0.06, rtol=0)
         torch.testing.assert_close(samples.T.cov(), real.T.cov(), atol=0.1, rtol=0)
-
-
-def test_energy_distance_is_the_textbooks_less_a_constant() -> None:
-    torch.manual_seed(2)
-    made, real = torch.randn(2, 5, 4, 8, 8), torch.randn(2, 6, 4, 8, 8)
-
-    def by_hand(a: Tensor, b: Tensor) -> float:
-        across = [float((x - y).norm()) for x in a for y in b]
-        among = [float((x - y).norm()) for i, x in enumerate(a) for j, y in enumerate(a) if i != j]
-        return (2 * sum(across) / len(across) - sum(among) / len(among)) / float(a[0].numel() ** 0.5)
-
-    squares = [
-        by_hand(made[c, :, :, top : top + w, left : left + w], real[c, :, :, top : top + w, left : left + w])
-        for w in (8, 4, 2)
-        for top in range(0, 8, w)
-        for left in range(0, 8, w)
-        for c in range(2)
-        for _ in range((w // 2) ** 2)  # every scale counts the same, though a finer one has more squares
-    ]
-    assert energy_distance(made, real).item() == pytest.approx(sum(squares) / len(squares), rel=1e-4)
-
-
-def test_energy_distance_prefers_the_right_distribution_and_has_a_gradient_for_equal_samples() -> None:
-    torch.manual_seed(3)
-    real = torch.randn(20, 16, 4, 8, 8)
-    right = energy_distance(torch.randn_like(real), real)
-    assert right < energy_distance(torch.randn_like(real) + 0.3, real)
-    assert right < energy_distance(torch.randn_like(real) * 0.7, real)
-    assert right < energy_distance(torch.randn_like(real) * 1.4, real)
-    equal = torch.zeros(1, 4, 4, 8, 8, requires_grad=True)
-    (gradient,) = torch.autograd.grad(energy_distance(equal, real[:1, :4]), equal)
-    assert gradient.isfinite().all()
 
 
 # The checkpoint in the repository

@@ -19,12 +19,13 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from tokenizers import pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
+PRIVATE_USE = 0xE000  # the first of 6,400 characters that mean nothing (Unicode)
 
 VOCABULARY = 2048  # 512 for bytes inside and at the end of words, 2 for begin and end, the rest merges
 MAX_TOKENS = 48  # the longest prompt of the built-in tasks has 44 tokens; every one more costs cross-attention
@@ -37,6 +38,9 @@ TIME_ID_WIDTH = 16
 LATENT_CHANNELS = 4
 LATENT_SHRINK = 4  # pixels a latent is wide: two halvings in a VAE of three blocks
 LATENT_SCALE = 0.13025  # SDXL's scaling_factor: 1 / std of its raw latents; ours are normalised to have the same
+
+# The components that have weights.
+TRAINED = ("text_encoder", "text_encoder_2", "unet", "vae")
 
 
 @dataclass(frozen=True)
@@ -63,19 +67,33 @@ def build_tokenizer(prompts: Sequence[str], vocabulary: int = VOCABULARY) -> Any
 
     CLIP's order of ids: the 256 bytes, the 256 bytes at the end of a word, the merges, begin, end.
     """
-    learner = CLIPTokenizer().backend_tokenizer  # for CLIP's own cleaning and word splitting
-    learner.train_from_iterator(
-        prompts, trainers.BpeTrainer(vocab_size=vocabulary, end_of_word_suffix=WORD_END, show_progress=False)
-    )
-    learnt = [(left, right) for left, right in json.loads(learner.to_str())["model"]["merges"]]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    ids = {symbol: i for i, symbol in enumerate([*alphabet, *(byte + WORD_END for byte in alphabet)])}
+    symbols = [*alphabet, *(byte + WORD_END for byte in alphabet)]
+    # The library's trainer numbers what ends a word as it comes, by hash, and breaks ties by that number: another
+    # tokenizer in every process. So it gets one character for each of the symbols.
+    characters = {symbol: chr(PRIVATE_USE + i) for i, symbol in enumerate(symbols)}
+    clip = CLIPTokenizer().backend_tokenizer  # for CLIP's own cleaning and word splitting
+    words = [
+        "".join(characters[byte] for byte in word[:-1]) + characters[word[-1] + WORD_END]
+        for prompt in prompts
+        for word, _ in clip.pre_tokenizer.pre_tokenize_str(clip.normalizer.normalize_str(prompt))
+    ]
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    learner.train_from_iterator(words, trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False))
+    back = str.maketrans({character: symbol for symbol, character in characters.items()})
+    learnt = [(left.translate(back), right.translate(back)) for left, right in _merges(learner)]
+    ids = {symbol: i for i, symbol in enumerate(symbols)}
     merges = learnt[: vocabulary - len(ids) - 2]
     for left, right in merges:
         ids.setdefault(left + right, len(ids))
     for special in (BEGIN, END):
         ids[special] = len(ids)
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=MAX_TOKENS)
+
+
+def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def build_networks(prompts: Sequence[str]) -> Networks:
@@ -199,10 +217,7 @@ def save_networks(networks: Networks, folder: Path) -> None:
 
     The networks themselves stay as they are. fp16 is not diffusers' doing: it only names the files so.
     """
-    half = {
-        name: copy.deepcopy(getattr(networks, name)).half()
-        for name in ("text_encoder", "text_encoder_2", "unet", "vae")
-    }
+    half = {name: copy.deepcopy(getattr(networks, name)).half() for name in TRAINED}
     StableDiffusionXLPipeline(
         tokenizer=networks.tokenizer,
         tokenizer_2=networks.tokenizer,

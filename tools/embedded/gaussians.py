@@ -1,4 +1,4 @@
-"""What the one-step generator is held to: per class, a Gaussian fitted in closed form, and the energy distance."""
+"""Where the one-step generator begins: per class, a Gaussian of its latents, fitted in closed form."""
 
 from dataclasses import dataclass
 
@@ -51,31 +51,3 @@ def sample_class_gaussians(gaussians: ClassGaussians, classes: Tensor, noise: Te
     flat = noise.flatten(2)
     own = (flat @ gaussians.basis) @ gaussians.own[classes] @ gaussians.basis.T
     return (gaussians.means[classes].unsqueeze(1) + own + flat @ gaussians.shared).view_as(noise)
-
-
-def energy_distance(made: Tensor, real: Tensor) -> Tensor:
-    """Mean energy distance of `made` to `real`, both `[C, m, channels, h, h]`, less a part that `made` cannot change.
-
-    Between two distributions, 2 E|x - y| - E|x - x'| - E|y - y'|, zero only where they are equal (Szekely & Rizzo
-    2013). It is taken over whole latents, over their quarters and over the quarters of those, since the distance of
-    long vectors sees little of how neighbouring numbers hang together. Distances are per root of their dimension.
-    """
-    total = made.new_zeros(())
-    scales = 3
-    for scale in range(scales):
-        width = made.shape[-1] >> scale
-        a, b = _patches(made, width), _patches(real, width)
-        m = a.shape[-2]
-        across = torch.cdist(a, b).mean()
-        # Squared by hand: cdist has no gradient at the zeros of the diagonal.
-        among = (a.unsqueeze(-2) - a.unsqueeze(-3)).square().sum(-1).add(1e-12).sqrt().sum((-1, -2)).mean()
-        total = total + (2 * across - among / (m * (m - 1))) / a.shape[-1] ** 0.5
-    return total / scales
-
-
-def _patches(latents: Tensor, width: int) -> Tensor:
-    """`[C, m, c, h, h]` in squares of `width`: `[C, squares, m, c * width * width]`."""
-    c, m, channels, height, _ = latents.shape
-    n = height // width
-    cut = latents.view(c, m, channels, n, width, n, width).permute(0, 3, 5, 1, 2, 4, 6)
-    return cut.reshape(c, n * n, m, channels * width * width)

@@ -1,0 +1,148 @@
+"""Where a training stands: its steps, its log, and the state that a killed one goes on from."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from submission.errors import OutputError
+from tools.embedded.layout import TRAINED, Networks
+
+WARM_UP = 50  # steps
+CLIP_NORM = 1.0
+LOG_EVERY = 50  # steps that a line of the log is the mean of
+
+
+@dataclass
+class Progress:
+    """Where the training stands; with the networks, all that a resumed one needs."""
+
+    output: Path
+    save_every: int  # steps
+    stage: str = "vae"
+    step: int = 0  # done in this stage
+    seconds: float = 0.0  # of steps so far, over all starts
+    optimisers: list[dict[str, Any]] | None = None
+    log: list[str] = field(default_factory=list)
+    unlogged: list[dict[str, float]] = field(default_factory=list)
+    generator: torch.Generator = field(default_factory=torch.Generator)
+
+
+def start(progress: Progress, networks: Networks, *, resume: bool) -> None:
+    """Make the output folder ready: take up its state, or refuse one that holds a training already.
+
+    Raises OutputError.
+    """
+    kept = progress.output / "state.pt"
+    try:
+        progress.output.mkdir(parents=True, exist_ok=True)
+        if kept.exists() and not resume:
+            raise OutputError(f"{kept} is there from another training: go on with --resume, or choose another --output")
+        if kept.exists():
+            _load(kept, networks, progress)
+        else:
+            for other in progress.output.glob("critics_*.pt"):
+                other.unlink()  # of another training
+        (progress.output / "training.log").write_text("".join(line + "\n" for line in progress.log))
+    except OSError as error:
+        raise OutputError(f"{progress.output}: cannot be written: {error.strerror}") from error
+
+
+def begin_stage(progress: Progress, networks: Networks, stage: str) -> None:
+    progress.stage, progress.step, progress.optimisers, progress.unlogged = stage, 0, None, []
+    save(progress, networks)
+
+
+def steps(
+    progress: Progress,
+    networks: Networks,
+    optimisers: Sequence[torch.optim.Optimizer],
+    total: int,
+    on_save: Callable[[], None] = lambda: None,
+) -> Iterator[int]:
+    """Numbers of the steps left to do, the learning rates set before each, the state saved after some.
+
+    The rates rise linearly over WARM_UP steps to what the optimisers were made with, and fall to nothing along half a
+    cosine.
+    """
+    rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
+    if progress.optimisers is not None:
+        for optimiser, state in zip(optimisers, progress.optimisers, strict=True):
+            optimiser.load_state_dict(state)
+    for step in range(progress.step, total):
+        started = time.monotonic()
+        factor = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / total))
+        for optimiser, highest in zip(optimisers, rates, strict=True):
+            for group, rate in zip(optimiser.param_groups, highest, strict=True):
+                group["lr"] = rate * factor
+        yield step
+        progress.step = step + 1
+        progress.seconds += time.monotonic() - started
+        if progress.step % progress.save_every == 0 or progress.step == total:
+            progress.optimisers = [optimiser.state_dict() for optimiser in optimisers]
+            save(progress, networks)
+            on_save()
+
+
+def update(optimisers: Sequence[torch.optim.Optimizer], parameters: Sequence[Tensor], loss: Tensor) -> None:
+    """One step down the gradient of `loss`, whose norm over all parameters is cut off at CLIP_NORM."""
+    for parameter in parameters:
+        parameter.grad = None
+    torch.autograd.backward(loss)
+    torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
+    for optimiser in optimisers:
+        optimiser.step()
+
+
+def record(progress: Progress, **losses: float) -> None:
+    """Note the losses of a step; every LOG_EVERY steps their means go into the log and onto the screen."""
+    progress.unlogged.append(losses)
+    done = progress.step + 1
+    if done % LOG_EVERY:
+        return
+    names = dict.fromkeys(itertools.chain.from_iterable(progress.unlogged))
+    means = {name: fmean(step[name] for step in progress.unlogged if name in step) for name in names}
+    line = f"{progress.stage} {done} " + " ".join(f"{name}={mean:.5f}" for name, mean in means.items())
+    progress.unlogged = []
+    progress.log.append(line)
+    with (progress.output / "training.log").open("a") as log:
+        log.write(line + "\n")
+    print(f"{line} ({progress.seconds:.0f} s)", flush=True)
+
+
+def save(progress: Progress, networks: Networks) -> None:
+    """Put everything that a resumed run needs into one file."""
+    state = {
+        "networks": {name: getattr(networks, name).state_dict() for name in TRAINED},
+        "stage": progress.stage,
+        "step": progress.step,
+        "seconds": progress.seconds,
+        "optimisers": progress.optimisers,
+        "log": progress.log,
+        "unlogged": progress.unlogged,
+        "generator": progress.generator.get_state(),
+    }
+    save_whole(state, progress.output / "state.pt")
+
+
+def save_whole(value: Any, path: Path) -> None:
+    """Save beside the place and move in: a kill leaves what was there before, or the whole of the new."""
+    unfinished = path.with_name(path.name + ".part")
+    torch.save(value, unfinished)
+    unfinished.replace(path)
+
+
+def _load(path: Path, networks: Networks, progress: Progress) -> None:
+    state = torch.load(path, weights_only=True)
+    for name in TRAINED:
+        getattr(networks, name).load_state_dict(state["networks"][name])
+    progress.generator.set_state(state["generator"])
+    for name in ("stage", "step", "seconds", "optimisers", "log", "unlogged"):
+        setattr(progress, name, state[name])
