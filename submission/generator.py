@@ -122,11 +122,11 @@ def load_generator(
     generator = Generator(task, seed, resolution, sampler, conditioning, prompt_of, vae, full_decoder(vae, task.size))
     if decoder != "vae":
         with log.phase("choose decoder"):
-            _choose_decoder(generator, decoder, patience, log)
+            choose_generator_decoder(generator, decoder, patience, log)
     return generator
 
 
-def _choose_decoder(generator: Generator, wanted: Rung | Literal["auto"], patience: float, log: Log) -> None:
+def choose_generator_decoder(generator: Generator, wanted: Rung | Literal["auto"], patience: float, log: Log) -> None:
     """Finds the generator's decoder on images spread over the first round: always the same ones, since what is fitted
     to them decides pixels. Where `auto` would take more than `patience` seconds, the VAE stays."""
     size, classes = generator.task.size, len(generator.task.classes)

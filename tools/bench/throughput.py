@@ -1,0 +1,273 @@
+"""From prompt to pixels and copies: the published recipe against the job's, with what the job does added in turn.
+
+All sides share one UNet and the same prompts, and take turns, so that a machine whose speed drifts slows all alike; the
+ratio is taken turn by turn. The published recipe is as one would write it with diffusers: a prompt a call, encoded anew
+each time, the VAE in float32 (SDXL's `force_upcast`), pictures shrunk by Pillow, each copy made by albumentations.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from submission import pipeline
+from submission.augment import augment
+from submission.batch_size import BatchSize
+from submission.budget import start_budget
+from submission.checkpoint import choose
+from submission.cli import batch_size, number_from
+from submission.decoder import full_decoder
+from submission.device import choose_device
+from submission.generator import Generator, choose_generator_decoder, load_generator
+from submission.progress import Log
+from submission.tasks import load_task
+
+PROJECT = Path(__file__).resolve().parents[2]
+COPIES = 4  # of an image, as published
+NEGATIVE_PROMPT = "blurry, cropped, watermark, text"  # which a guidance of 0 ignores
+GEMM_SIZE, GEMM_TRIALS = 4096, 5
+SETTLE_SECONDS = 600.0  # the budget that the batch size is chosen for
+
+
+@dataclass(frozen=True)
+class Side:
+    """A way to make images: `make` those of these numbers with their copies, `count` of them a turn."""
+
+    name: str
+    count: int
+    make: Callable[[NDArray[np.int64]], None]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", default="cifar100", help="whose prompts (default: cifar100)")
+    parser.add_argument("--model", default="embedded", help="as for the job (default: embedded)")
+    parser.add_argument("--resolution", type=number_from(1), metavar="PX", help="default: the checkpoint's own")
+    parser.add_argument("--batch-size", type=batch_size, metavar="N", help="auto or a number (default: auto)")
+    parser.add_argument("--turns", type=number_from(1), default=5, metavar="N", help="turns a side (default: 5)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+
+
+def measure(options: argparse.Namespace) -> dict[str, object]:
+    """Images a second and peak memory by side, ratios to the published recipe, and how well the UNet uses the machine.
+
+    Raises a BankoError where the job would.
+    """
+    log = Log("plain", start_budget(SETTLE_SECONDS, time.time()), quiet=True)
+    device = choose_device(options.device, 0)
+    checkpoint = choose(options.model, cuda=device.type == "cuda", environment=os.environ, root=PROJECT)
+    generator = load_generator(
+        load_task(options.task),
+        checkpoint,
+        device,
+        log,
+        style="described",
+        seed=0,
+        resolution=options.resolution,
+        decoder="vae",
+    )
+    cheap = replace(generator)
+    choose_generator_decoder(cheap, "auto", SETTLE_SECONDS, log)
+    batch = options.batch_size or settle(cheap, log)
+    sides = list(all_sides(checkpoint.path, generator, cheap, batch, log))
+    rates: dict[str, list[float]] = {side.name: [] for side in sides}
+    memory: dict[str, int] = {}
+    for turn in range(options.turns + 1):  # the first one warms up
+        for side in sides:
+            numbers = np.arange(side.count) + turn * side.count
+            forget_peak()
+            began = time.perf_counter()
+            side.make(numbers)
+            synchronise(device)
+            if turn:
+                rates[side.name].append(side.count / (time.perf_counter() - began))
+            memory[side.name] = max(memory.get(side.name, 0), peak_memory())
+    published, ours = rates[sides[0].name], rates[sides[-1].name]
+    ratios = [b / a for a, b in zip(published, ours, strict=True)]
+    return {
+        "speedup": statistics.median(ratios),
+        "speedup_least": min(ratios),
+        "speedup_most": max(ratios),
+        "images_per_second": {name: statistics.median(of_side) for name, of_side in rates.items()},
+        "peak_memory_bytes": memory,
+        "decoder": cheap.decoder.rung,
+        "fidelity_db": dict(cheap.decoder.fidelity),
+        "batch_size": batch,
+        "resolution": generator.resolution,
+        "threads": torch.get_num_threads(),
+        **use_of_machine(cheap, batch, log),
+    }
+
+
+def table(figures: dict[str, Any]) -> str:
+    rates, memory = figures["images_per_second"], figures["peak_memory_bytes"]
+    first = next(iter(rates.values()))
+    lines = [f"{figures['resolution']} px{'':<42}{'images/s':>10}{'ratio':>8}{'peak memory':>13}"]
+    lines += [
+        f"{name:<47}{rate:>10.3g}{rate / first:>8.2f}{memory[name] / 1e9:>10.2f} GB" for name, rate in rates.items()
+    ]
+    lines.append(
+        f"ours over published, turn by turn: {figures['speedup']:.2f} "
+        f"({figures['speedup_least']:.2f} to {figures['speedup_most']:.2f})"
+    )
+    lines.append(
+        f"UNet alone: {figures['unet_images_per_second']:.3g} images/s, {figures['unet_flop'] / 1e9:,.3g} GFLOP an "
+        f"image, {figures['unet_flops'] / 1e9:,.0f} of the {figures['gemm_flops'] / 1e9:,.0f} GFLOP/s of a matrix "
+        f"product ({figures['unet_fraction_of_gemm_peak']:.0%}); ours takes "
+        f"{figures['unet_images_per_second'] / list(rates.values())[-1]:.2f} times the UNet's time"
+    )
+    return "\n".join(lines)
+
+
+def settle(generator: Generator, log: Log) -> int:
+    """The batch size that the job would find."""
+    sizes, made = BatchSize(), 0
+    while not sizes.settled:
+        began = time.perf_counter()
+        generator.images(np.arange(made, made + sizes.current), log)
+        made += sizes.current
+        sizes.observe(time.perf_counter() - began, SETTLE_SECONDS)
+    return sizes.current
+
+
+def all_sides(path: Path, generator: Generator, cheap: Generator, batch: int, log: Log) -> Iterator[Side]:
+    """The published recipe, then ours, one thing after the other."""
+    upcast = copy.deepcopy(generator.vae).float()
+    slow = replace(generator, vae=upcast, decoder=full_decoder(upcast, generator.task.size))
+    one_by_one = partial(copies_one_by_one, published_copies())
+    yield Side("published recipe", 1, published(path, generator, upcast))
+
+    def ours(generator: Generator, copies: Callable[[Tensor, NDArray[np.int64]], None]) -> Callable[..., None]:
+        return lambda numbers: copies(generator.images(numbers, log), numbers)
+
+    yield Side("prompts encoded once", 1, ours(slow, one_by_one))
+    yield Side(f"+ batches of {batch}", batch, ours(slow, one_by_one))
+    yield Side(f"+ VAE in {str(generator.vae.dtype).removeprefix('torch.')}", batch, ours(generator, one_by_one))
+    yield Side(f"+ decoder for the size wanted: {cheap.decoder.rung}", batch, ours(cheap, one_by_one))
+    classes = len(generator.task.classes)
+    yield Side("+ copies in batches", batch, ours(cheap, partial(copies_in_batches, classes)))
+
+
+def published(path: Path, generator: Generator, vae: Any) -> Callable[[NDArray[np.int64]], None]:
+    """Makes one image a call, as a user of diffusers would, with the UNet of `generator`."""
+    from diffusers import StableDiffusionXLPipeline  # noqa: PLC0415  # slow to import
+
+    sampler, size = generator.sampler, generator.task.size
+    pipe = StableDiffusionXLPipeline.from_pretrained(
+        path, variant="fp16", dtype=sampler.dtype, unet=sampler.unet, vae=vae, local_files_only=True
+    ).to(sampler.device)
+    pipe.set_progress_bar_config(disable=True)
+    copies = published_copies()
+
+    def make(numbers: NDArray[np.int64]) -> None:
+        for number in numbers.tolist():
+            latents = pipe(
+                prompt=generator.task.classes[number % len(generator.task.classes)].described,
+                negative_prompt=NEGATIVE_PROMPT,
+                num_inference_steps=1,
+                guidance_scale=0.0,
+                height=generator.resolution,
+                width=generator.resolution,
+                output_type="latent",
+            ).images
+            # What the pipeline itself does under `force_upcast`, on every device.
+            with torch.inference_mode():
+                canvas = vae.decode(latents.float() / vae.config.scaling_factor).sample
+            picture = pipe.image_processor.postprocess(canvas, output_type="pil")[0]
+            copies(np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC)))
+
+    return make
+
+
+def published_copies() -> Callable[[NDArray[np.uint8]], None]:
+    """Makes the copies of one image, uint8 [H, W, 3], as the published PDA does."""
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"  # it asks the network for its newest version when imported
+    import albumentations  # noqa: PLC0415
+
+    pda = albumentations.Compose(
+        [
+            albumentations.HorizontalFlip(p=0.8),
+            albumentations.VerticalFlip(p=0.8),
+            albumentations.RandomBrightnessContrast(0.2, 0.2, p=0.5),
+            albumentations.Rotate(60, p=0.8),
+            albumentations.RandomGamma((80, 120), p=0.5),
+        ]
+    )
+
+    def make(picture: NDArray[np.uint8]) -> None:
+        for _ in range(COPIES):
+            pda(image=picture)
+
+    return make
+
+
+def copies_one_by_one(copies: Callable[[NDArray[np.uint8]], None], images: Tensor, numbers: NDArray[np.int64]) -> None:
+    for image in images:
+        copies(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def copies_in_batches(classes: int, images: Tensor, numbers: NDArray[np.int64]) -> None:
+    rounds, labels = np.divmod(numbers, classes)
+    for number in range(COPIES):
+        augment(images, np.stack([labels, rounds, np.full_like(rounds, number)], axis=1), 0, "paper")
+
+
+def use_of_machine(generator: Generator, batch: int, log: Log) -> dict[str, float]:
+    """FLOP of the UNet an image, its FLOP/s alone, and those of a matrix product in the same dtype."""
+    sampler, side = generator.sampler, generator.sampler.side
+    numbers = np.arange(batch)
+    noise = torch.zeros(batch, 4, side, side)
+    prompts = generator.prompt_of[0, torch.from_numpy(numbers) % len(generator.task.classes)].to(sampler.device)
+    step = partial(pipeline.sample, sampler, generator.conditioning, prompts, noise)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    seconds = fastest(step, sampler.device)
+    matrix = torch.randn(GEMM_SIZE, GEMM_SIZE).to(sampler.device, sampler.dtype)
+    gemm = 2 * GEMM_SIZE**3 / fastest(lambda: torch.mm(matrix, matrix), sampler.device)
+    achieved = counter.get_total_flops() / seconds
+    return {
+        "unet_images_per_second": batch / seconds,
+        "unet_flop": counter.get_total_flops() / batch,
+        "unet_flops": achieved,
+        "gemm_flops": gemm,
+        "unet_fraction_of_gemm_peak": achieved / gemm,
+    }
+
+
+def fastest(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds, the least of a few."""
+    seconds = []
+    for _ in range(GEMM_TRIALS):
+        began = time.perf_counter()
+        work()
+        synchronise(device)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def forget_peak() -> None:
+    """Have Linux count the process's peak memory anew (proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Bytes, the most that were resident since `forget_peak`."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
