@@ -174,7 +174,7 @@ def all_critics(options: Options, task: Task, pixels: Tensor, features: Features
     kept = options.output / f"critics_{task.name}.pt"
     if not kept.exists():
         critics = make_critics(task, pixels, features, options.seed)
-        save_whole({"weights": critics.weights, "means": critics.means}, kept)
+        save_whole({"weights": critics.weights, "means": critics.means, "squares": critics.squares}, kept)
     return Critics(task, **torch.load(kept, weights_only=True))
 
 

@@ -2,8 +2,8 @@
 
 What a picture is worth is decided by such a network that learns from it. Of a class its last layer sees, in the first
 place, the mean of the features under the evaluator's augmentation; so made pictures of a class are held to the mean
-that real ones have (distribution matching, Zhao & Bilen 2023). One network is not enough: a generator would find what
-is peculiar to it.
+that real ones have (distribution matching, Zhao & Bilen 2023), and to the mean of the squares, since pictures all alike
+would have the mean as well. One network is not enough: a generator would find what is peculiar to it.
 """
 
 from collections.abc import Callable
@@ -30,23 +30,27 @@ PROGRESS_EVERY = 50  # steps
 class Critics:
     """The critics of a task: their `weights`, one state an age, and what they make of real images.
 
-    `means` are the mean features of a class: float32 `[ages, operations of the augmentation, classes, features]`.
+    `means` and `squares` are those of the features of a class, and of the features squared: float32
+    `[ages, operations of the augmentation, classes, features]`.
     """
 
     task: Task
     weights: list[dict[str, Tensor]]
     means: Tensor
+    squares: Tensor
 
 
 @dataclass(frozen=True)
 class Judgement:
     """What one critic thinks of made pictures: scalars with gradients.
 
-    `mismatch` is the squared distance of the classes' mean features from the real ones', over the variance of these
-    among classes; `cross_entropy`, in nats, is None from a critic that has not learnt the classes.
+    `means` is the squared distance of the classes' mean features from the real ones', over the variance of these among
+    classes; `squares` the same of the squared features. `cross_entropy`, in nats, is None from a critic that has not
+    learnt the classes.
     """
 
-    mismatch: Tensor
+    means: Tensor
+    squares: Tensor
     cross_entropy: Tensor | None
 
 
@@ -86,8 +90,8 @@ def make_critics(task: Task, images: Tensor, features: Features, seed: int) -> C
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         weights = _train(task, images)
-        means = _real_means(task, images[:, :MEAN_OF], weights, features)
-    return Critics(task, weights, means)
+        means, squares = _moments(task, images[:, :MEAN_OF], weights, features)
+    return Critics(task, weights, means, squares)
 
 
 def _train(task: Task, images: Tensor) -> list[dict[str, Tensor]]:
@@ -109,19 +113,20 @@ def _train(task: Task, images: Tensor) -> list[dict[str, Tensor]]:
 
 
 @torch.no_grad()
-def _real_means(task: Task, images: Tensor, weights: list[dict[str, Tensor]], features: Features) -> Tensor:
-    each = images.shape[1]
-    ages = []
+def _moments(task: Task, images: Tensor, weights: list[dict[str, Tensor]], features: Features) -> tuple[Tensor, Tensor]:
+    """What critics make of real images: `means` and `squares` of Critics."""
+    classes, each = images.shape[:2]
+    moments: tuple[list[Tensor], list[Tensor]] = ([], [])
     for of_age in weights:
         features.load(of_age)
-        operations = []
         for operation in dsa.OPERATIONS:
             # Two classes at a time: as many images as a judgement has, for which the features are compiled.
             parts = torch.split(images.flatten(0, 1), 2 * each)
             seen = torch.cat([features(operation(normalised(to_unit(part), task))) for part in parts])
-            operations.append(seen.view(-1, each, seen.shape[1]).mean(dim=1))
-        ages.append(torch.stack(operations))
-    return torch.stack(ages)
+            for power, kept in enumerate(moments, start=1):
+                kept.append((seen**power).view(classes, each, -1).mean(dim=1))
+    means, squares = (torch.stack(kept).view(len(weights), len(dsa.OPERATIONS), classes, -1) for kept in moments)
+    return means, squares
 
 
 def normalised(pixels: Tensor, task: Task) -> Tensor:
@@ -140,15 +145,30 @@ def judge(critics: Critics, features: Features, made: Tensor, classes: Tensor, g
     age, operation, seed = (
         int(torch.randint(most, (), generator=generator)) for most in (len(AGES), len(dsa.OPERATIONS), 2**31)
     )
-    weights, real = critics.weights[age], critics.means[age, operation]
+    weights = critics.weights[age]
     features.load(weights)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         pictures = dsa.OPERATIONS[operation](normalised(made.flatten(0, 1).clamp(-1, 1), critics.task))
     seen = features(pictures)
-    means = seen.view(*made.shape[:2], -1).mean(dim=1)
-    mismatch = (means - real[classes]).square().sum(dim=1).mean() / real.var(dim=0).sum()
+    by_class = seen.view(*made.shape[:2], -1)
+    means, squares = (
+        squared_distance(values, real[age, operation, classes]).mean() / real[age, operation].var(dim=0).sum()
+        for values, real in ((by_class, critics.means), (by_class.square(), critics.squares))
+    )
     if not AGES[age]:
-        return Judgement(mismatch, None)
+        return Judgement(means, squares, None)
     logits = F.linear(seen, weights["classifier.weight"], weights["classifier.bias"])
-    return Judgement(mismatch, F.cross_entropy(logits, classes.repeat_interleave(made.shape[1])))
+    return Judgement(means, squares, F.cross_entropy(logits, classes.repeat_interleave(made.shape[1])))
+
+
+def squared_distance(values: Tensor, target: Tensor) -> Tensor:
+    """That of the expectation behind `values`, `[C, m, D]`, from `target`, `[C, D]`, estimated without bias: `[C]`.
+
+    The distance of the mean of m values has the variance of one, over m, on top, and would be least for values that
+    are all alike; so only products of different values count.
+    """
+    m = values.shape[1]
+    total = values.sum(dim=1)
+    products = total.square().sum(dim=1) - values.square().sum(dim=(1, 2))
+    return products / (m * (m - 1)) - 2 * (total / m * target).sum(dim=1) + target.square().sum(dim=1)

@@ -91,8 +91,8 @@ def train_one_step(
             latents = (made / LATENT_SCALE).flatten(0, 1).contiguous(memory_format=torch.channels_last)
             pictures = decode(latents).view(*made.shape[:2], 3, CANVAS, CANVAS)
             judgement = judge(lesson.critics, features, pictures, batch.classes, progress.generator)
-            loss = judgement.mismatch + ANCHOR_WEIGHT * regression
-            losses["mismatch"] = judgement.mismatch.item()
+            loss = judgement.means + judgement.squares + ANCHOR_WEIGHT * regression
+            losses |= {"means": judgement.means.item(), "squares": judgement.squares.item()}
             if judgement.cross_entropy is not None:
                 loss = loss + LABEL_WEIGHT * judgement.cross_entropy
                 losses["label"] = judgement.cross_entropy.item()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from submission.tasks import load_task
 from tools.embedded import critics as module
-from tools.embedded.critics import SIZE, Critics, Features, judge, make_critics
+from tools.embedded.critics import SIZE, Critics, Features, judge, make_critics, squared_distance
 
 TASK = load_task("cifar100")
 CLASSES = torch.arange(10)
@@ -51,8 +51,9 @@ def critics(features: Features) -> Iterator[Critics]:
 def test_a_critic_is_kept_at_each_of_its_ages_with_what_it_makes_of_real_images(critics: Critics) -> None:
     first, last = critics.weights
     assert not torch.equal(first["classifier.weight"], last["classifier.weight"])
-    assert critics.means.shape == (2, 6, 10, 128 * (SIZE // 8) ** 2)
+    assert critics.means.shape == critics.squares.shape == (2, 6, 10, 128 * (SIZE // 8) ** 2)
     assert not torch.equal(critics.means[0], critics.means[1])
+    assert (critics.squares > critics.means.square()).float().mean() > 0.99
 
 
 def test_a_judgement_prefers_pictures_of_the_right_class_and_says_how_to_get_there(
@@ -64,7 +65,7 @@ def test_a_judgement_prefers_pictures_of_the_right_class_and_says_how_to_get_the
 
         def judged(pictures: Tensor, seed: int = seed) -> tuple[Tensor, Tensor | None]:
             judgement = judge(critics, features, pictures, CLASSES, torch.Generator().manual_seed(seed))
-            return judgement.mismatch, judgement.cross_entropy
+            return judgement.means + judgement.squares, judgement.cross_entropy
 
         (good, sure), (bad, unsure) = judged(right), judged(wrong.requires_grad_())
         assert good < bad
@@ -82,7 +83,16 @@ def test_a_judgement_is_a_function_of_its_generator(critics: Critics, features: 
 
     def mismatch(seed: int) -> float:
         torch.rand(seed)  # what the global generator has been through does not matter
-        return judge(critics, features, made, CLASSES, torch.Generator().manual_seed(seed)).mismatch.item()
+        return judge(critics, features, made, CLASSES, torch.Generator().manual_seed(seed)).means.item()
 
     assert mismatch(8) == mismatch(8)
     assert len({mismatch(seed) for seed in range(6)}) > 1
+
+
+def test_the_distance_of_an_expectation_is_estimated_without_bias() -> None:
+    generator = torch.Generator().manual_seed(7)
+    target, centre = torch.randn(2, 1, 16, generator=generator)
+    values = centre + torch.randn(20_000, 3, 16, generator=generator)
+    distances = squared_distance(values, target.expand(20_000, 16))
+    error = distances.mean() - (centre - target).square().sum()
+    assert error.abs() < 4 * distances.std() / len(distances) ** 0.5
