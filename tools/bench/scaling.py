@@ -29,11 +29,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
-    """Rounds of both sides by turn, and the median, least and largest ratio of a turn. Raises InputFileError."""
+    """Rounds of both sides by turn, the median, least and largest ratio of a turn, and what the runs warned of.
+
+    Raises InputFileError.
+    """
     rounds: dict[int, list[int]] = {1: [], options.processes: []}
-    for _ in range(options.turns):
+    warnings = []
+    for turn in range(options.turns):
         for processes, made in rounds.items():
-            made.append(_run(processes, options.seconds))
+            manifest = _run(processes, options.seconds)
+            made.append(manifest["rounds"])
+            warnings += [f"turn {turn + 1}, {processes} processes: {warning}" for warning in manifest["warnings"]]
     alone, together = rounds.values()
     ratios = [many / one for one, many in zip(alone, together, strict=True)]
     return {
@@ -43,6 +49,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "processes": options.processes,
         "seconds": options.seconds,
         "rounds": {str(processes): made for processes, made in rounds.items()},
+        "warnings": warnings,
     }
 
 
@@ -52,11 +59,11 @@ def table(figures: dict[str, Any]) -> str:
         ratio = 1 if processes == "1" else figures["speedup"]
         lines.append(f"{processes:<22}{ratio:>7.2f}   {', '.join(map(str, made))}")
     lines.append(f"ratios of a turn: {figures['speedup_least']:.2f} to {figures['speedup_most']:.2f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *figures["warnings"]])
 
 
-def _run(processes: int, seconds: int) -> int:
-    """The rounds in the file of one run on so many cores: the embedded checkpoint, no cap, no copies."""
+def _run(processes: int, seconds: int) -> dict[str, Any]:
+    """The manifest of one run on so many cores: the embedded checkpoint, no cap, no copies."""
     with tempfile.TemporaryDirectory() as folder:
         options = ["--model", "embedded", "--device", "cpu", "--max-ipc", "1000000", "--aug-per-image", "0"]
         command = [str(RUN), "cifar100", *options, "--budget", f"{seconds}s", "--output", folder]
@@ -74,5 +81,5 @@ def _run(processes: int, seconds: int) -> int:
         )
         if done.returncode:
             raise InputFileError(f"a run of {processes} processes ended with code {done.returncode}: {done.stderr}")
-        rounds: int = json.loads((Path(folder) / "cifar100.json").read_text())["rounds"]
-        return rounds
+        manifest: dict[str, Any] = json.loads((Path(folder) / "cifar100.json").read_text())
+        return manifest
