@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="./run.sh",
         description="Makes a class-balanced synthetic training set from class names, inside a time budget: "
-        "OUT/NAME.pt, with a manifest (.json) and a contact sheet (.png).",
+        "OUT/NAME.pt, with a manifest (.json), a contact sheet (.png) and a report (.html).",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

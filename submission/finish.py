@@ -14,6 +14,8 @@ from submission.manifest import machine, write_json, write_whole
 from submission.output_folder import release
 from submission.work import Work
 
+# With less time than this left, the report is not begun: about twice what was measured on two CPU cores.
+REPORT_SECONDS, REPORT_SECONDS_A_CLASS = 2.0, 0.005
 # Seconds the last manifest may wait for the checkpoint's hashes, which were begun at the start.
 HASH_PATIENCE = 0.5
 
@@ -107,8 +109,26 @@ def finish(work: Work, *, stopped: bool) -> None:
         log.say(f"its {spool.count} rounds are kept in {spool.folder}: --resume goes on from them")
     else:
         spool.remove()
+    make_report(work)
     release(config.output)
     log.close()
+
+
+def make_report(work: Work) -> None:
+    """The page about the run, where there is time for it; the job is finished with or without it."""
+    dataset, scheduler, log = work.config.dataset, work.scheduler, work.log
+    later = f"./run.sh report {dataset.with_suffix('.json')} makes it"
+    if scheduler.left - scheduler.last < REPORT_SECONDS + REPORT_SECONDS_A_CLASS * scheduler.shape.classes:
+        log.say(f"no time for the report: {later}")
+        return
+    try:
+        from submission.report import write_report  # noqa: PLC0415  # its libraries are slow to import
+
+        page = write_report(dataset, work.config.task)
+    except (OutputError, OSError, ImportError) as error:  # ImportError: the interpreter may be the user's own
+        log.warn(f"no report ({error}): {later}")
+    else:
+        log.say(f"{page}: what happened, written {scheduler.budget.left:.1f} s before the deadline")
 
 
 def write_last(work: Work, extent: Extent) -> None:
@@ -173,10 +193,12 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
     generating = max(log.timings.get("generate", 0.0), 1e-9)
     return {
         "task": config.task.name,
+        "model": config.model,
         "classes": len(config.task.classes),
         "size": config.task.size,
         "ipc": extent.ipc,
         "rounds": extent.rounds,
+        "max_ipc": config.cap,
         "copies_per_image": config.shape.copies,
         "pda": config.pda,
         "prompts": config.prompts,
@@ -185,6 +207,7 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
         "budget_seconds": scheduler.budget.seconds,
         "elapsed_seconds": round(scheduler.budget.elapsed, 2),
         "phases_seconds": {name: round(seconds, 3) for name, seconds in list(log.timings.items())},
+        "phases_from_to": {name: [round(end, 2) for end in span] for name, span in list(log.spans.items())},
         "images_per_second": round((scheduler.total_images - resumed * scheduler.shape.classes) / generating, 2),
         "resumed_rounds": resumed,
         "job": crew.place.job,
@@ -211,4 +234,6 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
         },
         "warnings": [*log.warnings, *crew.warnings()],
         **machine(generator.sampler.device),
+        # Last, since it is long.
+        "progress": dict(zip(("elapsed", "images", "batch_size"), zip(*work.progress, strict=True), strict=True)),
     }

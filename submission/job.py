@@ -47,12 +47,14 @@ USABLE_ROOM = 0.95
 DECODER_SHARE = 0.2
 # A change of the planned rounds by this share is worth a line in the log, and so much of the budget lies between two.
 PLAN_CHANGE, PLAN_SPACING = 0.1, 0.02
+# So much of the budget lies between two points of the progress that the manifest tells of, which bounds its length.
+PROGRESS_SPACING = 0.005
 # Seconds between two looks of a rank that has made its share at how far the others are.
 WAIT = 0.1
 
 
 def run(config: JobConfig, place: Place, budget: Budget, log: Log, guard: Guard) -> None:
-    """Makes OUT/NAME.pt, .json and .png inside `budget`; `guard.stop` ends generation early.
+    """Makes OUT/NAME.pt, .json, .png and .html inside `budget`; `guard.stop` ends generation early.
 
     Of several ranks, each makes its share of the rounds, and one, the writer, the files.
 
@@ -60,6 +62,7 @@ def run(config: JobConfig, place: Place, budget: Budget, log: Log, guard: Guard)
     """
     task = config.task
     log.timings["start and import"] = budget.elapsed
+    log.spans["start and import"] = (0.0, budget.elapsed)
     device = choose_device(config.device, place.local_rank)
     share_out(device, place, log)
     checkpoint = checkpoints.choose(config.model, cuda=device.type == "cuda", environment=os.environ, root=PROJECT)
@@ -183,7 +186,7 @@ def duties(work: Work, guard: Guard) -> Duties:
 
     def hurry(number: signal.Signals) -> None:
         scheduler.hurry()
-        if crew.writing:
+        if crew.writing and not work.finished:
             log.warn(f"told to stop ({number.name}): finishing the file with {scheduler.rounds} rounds")
 
     def take_over() -> int:
@@ -232,6 +235,7 @@ def generate(work: Work, guard: Guard) -> None:
     classes, budget = scheduler.shape.classes, scheduler.budget
     pending, crowding = np.empty((0, *spool.shape[1:]), np.uint8), Crowding()
     while not guard.stop.is_set() and not work.crew.over.is_set():
+        note_progress(work)
         size = scheduler.next_batch()
         work.crew.done = not size
         if not size:
@@ -275,6 +279,13 @@ def generate(work: Work, guard: Guard) -> None:
         keep_up(work)
     if scheduler.rounds == 0 and not work.crew.over.is_set():
         raise BudgetError("stopped before the first round was done: there is nothing to write")
+
+
+def note_progress(work: Work) -> None:
+    """Keeps how far generation is, unless that was kept a moment ago."""
+    scheduler, elapsed = work.scheduler, work.scheduler.budget.elapsed
+    if not work.progress or elapsed - work.progress[-1][0] >= PROGRESS_SPACING * scheduler.budget.seconds:
+        work.progress.append((round(elapsed, 2), scheduler.total_images, scheduler.batch.current))
 
 
 def keep_up(work: Work) -> None:

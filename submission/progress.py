@@ -54,6 +54,7 @@ class Log:
         self.quiet = quiet
         self.warnings: list[str] = []
         self.timings: dict[str, float] = {}
+        self.spans: dict[str, tuple[float, float]] = {}
         self._last_line = -LINE_SECONDS
         self._bar: Progress | None = None
         if style == "rich" and not quiet:
@@ -77,12 +78,14 @@ class Log:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Names what goes on, and adds its duration in seconds to `timings`."""
+        """Names what goes on, and adds its duration in seconds to `timings`. Its `spans` reach from when it first began
+        to when it last ended, in seconds of the budget."""
         if self._bar:
             self._bar.update(self._row, description=name)
-        started = time.perf_counter()
+        began, started = self.budget.elapsed, time.perf_counter()
         yield
         self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - started
+        self.spans[name] = (self.spans.get(name, (began,))[0], self.budget.elapsed)
 
     def status(self, status: Status) -> None:
         """Shows progress: at once on a terminal, every `LINE_SECONDS` in a log."""

@@ -61,7 +61,8 @@ class Work:
     """A job in the making: what generates, what decides, what is on disk, and the plans that were announced.
 
     `numbers` [R] are the rounds that fall to this rank, in their order. `placing` is held to put a file in place and to
-    write the manifest of the one that is.
+    write the manifest of the one that is. `progress` has the images that all had made, and the batch size, at some
+    seconds of the budget.
     """
 
     config: JobConfig
@@ -76,5 +77,6 @@ class Work:
     writer: SnapshotWriter = field(default_factory=SnapshotWriter)
     placing: threading.RLock = field(default_factory=threading.RLock)
     plans: list[dict[str, float]] = field(default_factory=list)
+    progress: list[tuple[float, int, int]] = field(default_factory=list)
     sheet_drawn: bool = False
     finished: bool = False

@@ -3,7 +3,8 @@
     ./run.sh evaluate --submit_dir outputs --truth_dir reference_data
 
 It takes the same files as the organisers' script, draws the same random numbers and writes the same `scores.txt`.
-Beside it, it leaves `results.json` and the learning curves, and it says if the classes seem to be in a wrong order.
+Beside it, it leaves `results.json`, the learning curves, and for each task the report on the run that made the file,
+with the score in it, and it says if the classes seem to be in a wrong order.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from tools.command import exit_code_of
 from tools.convnet import ConvNet
 from tools.fast import Arithmetic, make_forward, probe
 from tools.reference_data import find_reference_data
+from tools.report import read_manifest, write_report
 from tools.results import Job, Run, Score, draw_curves, figures, overall, summary
 from tools.tensor_files import read_submission
 from tools.training import Measure, Schedule, assess, keep_freed_memory, train
@@ -56,7 +58,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path(),
         metavar="DIR",
-        help="gets scores.txt, results.json and learning_curves.png (default: ./)",
+        help="gets scores.txt, results.json, learning_curves.png, and NAME.html where --submit_dir has the run's "
+        "NAME.json (default: ./)",
     )
     parser.add_argument(
         "--tasks",
@@ -270,7 +273,8 @@ class Progress:
 def write_results(
     scores: list[Score], options: argparse.Namespace, device: torch.device, arithmetic: Arithmetic | None
 ) -> None:
-    """`scores.txt`, the organisers' one line, `results.json` and the learning curves. Raises OutputError."""
+    """`scores.txt`, the organisers' one line, `results.json`, the learning curves, and a report on every file whose
+    run left its manifest. Raises OutputError."""
     folder: Path = options.output_dir
     write_whole(folder / "scores.txt", f"correct: {overall(scores)}".encode())
     write_whole(folder / "learning_curves.png", draw_curves(scores))
@@ -283,7 +287,15 @@ def write_results(
         "device": device.type,
         "torch": torch.__version__,
     }
-    write_json(folder / "results.json", figures(scores) | settings)
+    results = figures(scores) | settings
+    write_json(folder / "results.json", results)
+    for score in scores:
+        name = score.job.task.name
+        try:
+            manifest = read_manifest(options.submit_dir / f"{name}.json")
+            write_report(folder / f"{name}.html", score.job.task, manifest, score.job.train.images, results)
+        except InputFileError as error:
+            print(f"no report on {name}: {error}")
 
 
 def duration(seconds: float) -> str:

@@ -149,6 +149,7 @@ def _task_figures(score: Score) -> dict[str, object]:
         "class_order_audit": {
             "best_accuracy": order.best_accuracy,
             "known_as": order.known_as,
+            "statement": order.statement(task),
             "likely_order": [task.classes[index].name for index in order.order] if order.suspect else None,
         },
         "accuracy_by_class": score.by_class,
