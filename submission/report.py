@@ -23,9 +23,9 @@ from submission.manifest import write_whole
 from submission.tasks import Task, builtin_names
 
 TEMPLATE = "report.html.jinja"
-# Images shown of a class: so many in a row, rows, and pixels of the side of one. Of many classes fewer are shown, not
-# many more than so many in all: a thousand of 64 px are about a megabyte.
-COLUMNS, ROWS, TILE, MOST_TILES = 4, 3, 64, 3000
+# Images shown of a class: so many in a row, rows, and pixels of the side of one at most. Where there are so many
+# classes that this were more than `MOST_TILES` images, there are fewer rows: a thousand of 64 px are about a megabyte.
+COLUMNS, ROWS, TILE, MOST_TILES = 4, 3, 64, 2000
 # Of WebP, 0 to 100 and 0 (fast) to 6 (small).
 QUALITY, EFFORT = 80, 2
 
@@ -57,7 +57,11 @@ def render(task: Task, manifest: Mapping[str, Any], images: Tensor, results: Map
     `images` are the dataset's, normalised [classes * IPC, 3, H, W], of which only those shown are touched; `results`
     are what `evaluate` found, as in its `results.json`.
     """
-    found = results["tasks"][task.name] if results else None
+    warnings, found = list(manifest["warnings"]), results["tasks"][task.name] if results else None
+    if found:
+        warnings[:0] = [finding["text"] for finding in found["findings"]]
+        if found["class_order"] == "suspect":
+            warnings.insert(0, found["class_order_audit"]["statement"])
     shown = places(len(task.classes), manifest["ipc"], manifest["rounds"])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -70,6 +74,7 @@ def render(task: Task, manifest: Mapping[str, Any], images: Tensor, results: Map
     return environment.get_template(TEMPLATE).render(
         task=task,
         run=manifest,
+        warnings=warnings,
         command=_command(manifest),
         timeline=timeline(manifest),
         rows=shown.shape[0],

@@ -55,6 +55,7 @@ def test_tools_install_what_they_need_and_get_their_arguments(project: Path) -> 
     assert code == 0 and len(calls) == 3 and "requirements-dev.txt" in calls[1]
     assert calls[2] == "python -m tools.evaluate --submit_dir a b"
     assert run(project, "audit", "x.pt")[1] == ["python -m tools.audit x.pt"]
+    assert run(project, "report", "x.json")[1] == ["python -m tools.report x.json"]
     assert run(project, "rehearse", "cifar100", "--limit", "9")[1] == ["python -m tools.rehearse cifar100 --limit 9"]
     assert run(project, "bench", "evaluator")[1] == ["python -m tools.bench evaluator"]
     assert run(project, "make-checkpoint", "d")[1] == ["python -m tools.make_checkpoint d"]

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from submission import cli
+from submission import cli, finish
 from submission.errors import BankoError
 from submission.tasks import load_task
+from tools import report
 
 ROOT = Path(__file__).resolve().parents[2]
 Run = Callable[..., Tensor]
@@ -54,11 +55,37 @@ def test_a_job_leaves_file_manifest_and_sheet(run: Run, tmp_path: Path, capsys: 
     assert [plan["rounds"] for plan in manifest["plans"]][-1] == 12
     with Image.open(tmp_path / "out/tiny.png") as sheet:
         assert sheet.width > 150
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["tiny.json", "tiny.png", "tiny.pt"]
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"tiny.html", "tiny.json", "tiny.png", "tiny.pt"}
+    progress = manifest["progress"]
+    assert progress["images"][0] == 0 and progress["images"] == sorted(progress["images"])
+    assert len(progress["elapsed"]) == len(progress["images"]) == len(progress["batch_size"]) <= 201
+    spans = list(manifest["phases_from_to"].values())
+    assert all(begin <= end for begin, end in spans) and spans == sorted(spans)
     lines = capsys.readouterr().out.splitlines()
     assert "model: --model " in lines[0]
     assert any("plan: 12 rounds" in line for line in lines)
     assert lines[-1].endswith("s before the deadline")
+
+
+def test_without_time_for_the_report_the_job_says_how_to_get_it(
+    run: Run, task_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(finish, "REPORT_SECONDS", 600)
+    run("--max-ipc", "2", "--budget", "5m")
+    assert not (tmp_path / "out/tiny.html").exists()
+    manifest = str(tmp_path / "out/tiny.json")
+    assert f"no time for the report: ./run.sh report {manifest} makes it" in capsys.readouterr().out
+    assert report.main([manifest, "--task", str(task_file)]) == 0
+    assert (tmp_path / "out/tiny.html").exists()
+
+
+def test_a_report_that_cannot_be_written_costs_nothing(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out/tiny.html").mkdir(parents=True)
+    assert run("--max-ipc", "2").shape[1] == 2
+    assert "warning: no report (cannot write" in capsys.readouterr().out
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"tiny.html", "tiny.json", "tiny.png", "tiny.pt"}
 
 
 def test_images_do_not_depend_on_the_batch_size(run: Run) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from submission import cli
 from tools import evaluate
 from tools.fast import Arithmetic
 
@@ -100,6 +101,30 @@ def test_estimate_leaves_the_random_numbers_alone(
     monkeypatch.setattr(evaluate, "announce", lambda *arguments: None)
     evaluate.main([*folders, "--epochs", "1", "--runs", "1"])
     assert results(tmp_path)["tasks"] == with_estimate
+
+
+def test_the_report_on_the_run_gets_the_score(
+    folders: list[str],
+    checkpoint_folder: Path,
+    task_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert evaluate.main([*folders, *SHORT]) == 0
+    assert f"no report on tiny: {tmp_path}/submit/tiny.json: cannot be read" in capsys.readouterr().out
+    job = [str(task_file), "--model", str(checkpoint_folder), "--output", str(tmp_path / "submit"), "--max-ipc", "4"]
+    assert cli.main(job) == 0
+    before = (tmp_path / "submit/tiny.html").read_text()
+    assert evaluate.main([*folders, *SHORT]) == 0
+    page, tiny = (tmp_path / "out/tiny.html").read_text(), results(tmp_path)["tasks"]["tiny"]
+    for text in (
+        f"{tiny['accuracy_mean']:.4f}",
+        tiny["class_order_audit"]["statement"],
+        "Learning curves",
+        "recognised",
+    ):
+        assert text in page and text not in before
+    assert (tmp_path / "submit/tiny.html").read_text() == before
 
 
 def test_labels_are_told_by_position(folders: list[str], tmp_path: Path) -> None:
