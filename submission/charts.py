@@ -72,6 +72,7 @@ def timeline(manifest: Mapping[str, Any]) -> Markup:
             rounds.step(at, planned, where="post", color=SECOND, linewidth=1, label="planned")
             rounds.plot(at[:-1], planned[:-1], "o", color=SECOND, markersize=3)
         rounds.set_ylim(bottom=0)
+        rounds.yaxis.get_major_locator().set_params(integer=True)
         rounds.legend(loc="lower right", frameon=False)
         _title(rounds, "rounds")
         rounds.set_xlabel("seconds since the start")
@@ -91,14 +92,14 @@ def learning_curves(curves: Sequence[Mapping[str, Sequence[float]]], tested: Seq
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "curves"}):
         figure = Figure(figsize=(WIDTH, 3), layout="constrained")
         axes = figure.subplots()
-        for curve, accuracy in zip(curves, tested, strict=True):
-            axes.plot(curve["step"], curve["accuracy"], color=ACCENT, alpha=0.7, label="in training")
-            axes.plot(curve["step"][-1], accuracy, "o", color=SECOND, clip_on=False, label="on test images")
+        for number, (curve, accuracy) in enumerate(zip(curves, tested, strict=True)):
+            in_training, on_test = ("in training", "on test images") if number == 0 else (None, None)
+            axes.plot(curve["step"], curve["accuracy"], color=ACCENT, alpha=0.7, label=in_training)
+            axes.plot(curve["step"][-1], accuracy, "o", color=SECOND, clip_on=False, label=on_test)
         axes.axhline(chance, color=MUTED, linestyle=":", label="chance")
         axes.set(xlabel="SGD steps", xlim=(0, None), ylim=(0, None))
         _title(axes, "accuracy")
-        first = dict(reversed([*zip(*axes.get_legend_handles_labels()[::-1], strict=True)]))
-        axes.legend(first.values(), first.keys(), loc="upper left", frameon=False)
+        axes.legend(loc="upper left", frameon=False)
         return _svg(figure, "Learning curves: accuracy against SGD steps, in training and on test images.")
 
 

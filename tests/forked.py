@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from submission import cli, finish, guard, job
+from submission import cli, finish, guard, job, report
 from submission.budget import start_budget
 from submission.checkpoint import EMBEDDED, inspect
 from submission.estimates import Extent
@@ -179,6 +179,11 @@ def jumping_clock(_: Generator) -> None:
 def small_files(_: Generator) -> None:
     """No file may be larger than 7 MB: the first of five images a class fits."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (7_000_000, 7_000_000))
+
+
+def endless_report(_: Generator) -> None:
+    """The report takes longer than there is time."""
+    vars(report)["write_report"] = lambda *_: time.sleep(1000)
 
 
 def ordinary_user(_: Generator) -> None:

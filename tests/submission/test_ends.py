@@ -313,6 +313,14 @@ def test_an_interrupted_job_is_resumed_and_a_torn_round_made_again(tmp_path: Pat
     assert {path.name for path in output.iterdir()} == {f"cifar100.{kind}" for kind in ("html", "json", "png", "pt")}
 
 
+def test_a_report_that_takes_too_long_is_left_undone(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert end(forked.start(output, "--max-ipc", "2", "--budget", "8s", fault="endless_report")) == 0
+    assert manifest_of(output)["ipc"] == 2 and not (output / "cifar100.html").exists()
+    assert end(forked.start(output, "--max-ipc", "1")) == 0, "nobody is kept out of the folder"
+    assert manifest_of(output)["warnings"] == []
+
+
 def test_what_a_killed_job_left_is_cleared_away_and_said(tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start_and_wait(output, *NO_CAP)
