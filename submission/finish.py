@@ -14,7 +14,8 @@ from submission.manifest import machine, write_json, write_whole
 from submission.output_folder import release
 from submission.work import Work
 
-# With less time than this left, the report is not begun: about twice what was measured on two CPU cores.
+# With less time than this left, the report is not begun: what it took on two busy CPU cores that had yet to read its
+# libraries from the disk.
 REPORT_SECONDS, REPORT_SECONDS_A_CLASS = 2.0, 0.005
 # Seconds the last manifest may wait for the checkpoint's hashes, which were begun at the start.
 HASH_PATIENCE = 0.5
@@ -235,5 +236,8 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
         "warnings": [*log.warnings, *crew.warnings()],
         **machine(generator.sampler.device),
         # Last, since it is long.
-        "progress": dict(zip(("elapsed", "images", "batch_size"), zip(*work.progress, strict=True), strict=True)),
+        "progress": {
+            name: [point[column] for point in work.progress]
+            for column, name in enumerate(("elapsed", "images", "batch_size"))
+        },
     }

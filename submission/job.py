@@ -285,7 +285,7 @@ def note_progress(work: Work) -> None:
     """Keeps how far generation is, unless that was kept a moment ago."""
     scheduler, elapsed = work.scheduler, work.scheduler.budget.elapsed
     if not work.progress or elapsed - work.progress[-1][0] >= PROGRESS_SPACING * scheduler.budget.seconds:
-        work.progress.append((round(elapsed, 2), scheduler.total_images, scheduler.batch.current))
+        work.progress.append((round(elapsed, 3), scheduler.total_images, scheduler.batch.current))
 
 
 def keep_up(work: Work) -> None:

@@ -24,7 +24,7 @@ from submission.tasks import Task, builtin_names
 
 TEMPLATE = "report.html.jinja"
 # Images shown of a class: so many in a row, rows, and pixels of the side of one at most. Where there are so many
-# classes that this were more than `MOST_TILES` images, there are fewer rows: a thousand of 64 px are about a megabyte.
+# classes that this were more than `MOST_TILES` images, there are fewer rows: a thousand of 64 px take about a megabyte.
 COLUMNS, ROWS, TILE, MOST_TILES = 4, 3, 64, 2000
 # Of WebP, 0 to 100 and 0 (fast) to 6 (small).
 QUALITY, EFFORT = 80, 2

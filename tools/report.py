@@ -1,6 +1,8 @@
 """Makes the page about a run anew: where there was no time for it, or with what `evaluate` found.
 
-./run.sh report outputs/cifar100.json
+    ./run.sh report outputs/cifar100.json
+
+All that it shows is in the manifest and in the `.pt` beside it.
 """
 
 import argparse

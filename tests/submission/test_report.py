@@ -150,6 +150,13 @@ def test_a_score_is_shown_where_there_is_one(made: Made) -> None:
     assert page.index("0.20") < page.index("0.90"), "the worst first"
 
 
+def test_a_job_stopped_before_it_generated_anything_has_a_page(made: Made) -> None:
+    """With the rounds of the run that it resumed."""
+    nothing: dict[str, list[int]] = {"elapsed": [], "images": [], "batch_size": []}
+    page = Elements(made.page_with(progress=nothing, plans=[], decoder={**made.manifest["decoder"], "fidelity_db": {}}))
+    assert "Nothing cheaper was measured" in page.text and len(page.all("svg")) == 1
+
+
 @pytest.mark.parametrize(
     ("ipc", "rounds", "expected"),
     [
