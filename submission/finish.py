@@ -1,5 +1,6 @@
 """Rounds to files: snapshots beside generation, the last file, and what lies beside it."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -122,6 +123,7 @@ def make_report(work: Work) -> None:
     if scheduler.left - scheduler.last < REPORT_SECONDS + REPORT_SECONDS_A_CLASS * scheduler.shape.classes:
         log.say(f"no time for the report: {later}")
         return
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would complain where it cannot keep a cache
     try:
         from submission.report import write_report  # noqa: PLC0415  # its libraries are slow to import
 
