@@ -315,7 +315,10 @@ def test_an_interrupted_job_is_resumed_and_a_torn_round_made_again(tmp_path: Pat
 
 def test_a_report_that_takes_too_long_is_left_undone(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    assert end(forked.start(output, "--max-ipc", "2", "--budget", "8s", fault="endless_report")) == 0
+    process = start_and_wait(output, "--max-ipc", "2", fault="endless_report")
+    forked.wait_for(lambda: not (output / ".cifar100.spool").exists(), process)
+    kill(process, signal.SIGTERM)
+    assert end(process, GRACE) == 0, said(output)
     assert manifest_of(output)["ipc"] == 2 and not (output / "cifar100.html").exists()
     assert end(forked.start(output, "--max-ipc", "1")) == 0, "nobody is kept out of the folder"
     assert manifest_of(output)["warnings"] == []
