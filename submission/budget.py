@@ -350,7 +350,7 @@ class Scheduler:
                 f"{math.ceil(self.shape.classes / self.batch.current)} batches is done; try --budget "
                 f"{math.ceil(2 * self.budget.seconds)}s or --batch-size 1"
             )
-        start = self.budget.elapsed - self.images * self.pace.mean
+        start = max(0.0, self.budget.elapsed - self.images * self.pace.mean)
         generate = self.pace.mean * self.shape.classes
         finish = self.finish(self.shape.extent(1))
         needed = start + generate + finish

@@ -47,7 +47,8 @@ class Checkpoint:
     """A checkpoint folder found whole.
 
     `source` says which rule chose it; `variants` maps each component with weights to `"fp16"` or None, the
-    variant of its file; `configs` maps each component to its parsed configuration.
+    variant of its file; `configs` maps each component to its parsed configuration; `prompt_size` is how many numbers
+    a prompt's embeddings are.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class Checkpoint:
     variants: Mapping[str, str | None]
     configs: Mapping[str, Any]
     resolutions: tuple[int, ...]
+    prompt_size: int
 
     @property
     def vae_factor(self) -> int:
@@ -153,13 +155,16 @@ def inspect(path: Path, source: str) -> Checkpoint:
     try:
         factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
         own = int(configs["unet"]["sample_size"]) * factor
+        # What is not in a text encoder's configuration is as in CLIP.
+        tokens = int(configs["text_encoder"].get("max_position_embeddings", 77))
+        prompt_size = tokens * int(configs["unet"]["cross_attention_dim"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: unet/config.json or vae/config.json lacks a usable {error}") from error
     training = path / "training.json"
     resolutions = _read_json(training).get("resolutions") if training.exists() else [own]
     if not isinstance(resolutions, list) or not resolutions or not all(isinstance(r, int) for r in resolutions):
         raise CheckpointError(f"{training}: resolutions must be a list of pixel sizes")
-    return Checkpoint(path, source, variants, configs, tuple(sorted(resolutions)))
+    return Checkpoint(path, source, variants, configs, tuple(sorted(resolutions)), prompt_size)
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, str]:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from submission.contact_sheet import draw_contact_sheet
+from submission.contact_sheet import MOST_CLASSES, draw_contact_sheet
 from submission.dataset_file import AbandonedError, write_dataset
 from submission.decoder import FIDELITY
 from submission.errors import OutputError
@@ -147,7 +147,7 @@ def check_folder(work: Work) -> None:
 def draw_sheet(work: Work) -> None:
     """The contact sheet, of the first round, once."""
     if not work.sheet_drawn:
-        classes, check = work.config.task.classes, work.crew.check
+        classes, check = work.config.task.classes[:MOST_CLASSES], work.crew.check
         images = work.spool.read()[np.zeros(len(classes), np.int64), np.arange(len(classes))]
         write_whole(
             work.config.dataset.with_suffix(".png"), draw_contact_sheet(images, [c.name for c in classes]), check

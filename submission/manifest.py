@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from submission.checkpoint import Checkpoint, identity
-from submission.errors import OutputError
+from submission.errors import cannot_write
 from submission.output_folder import unfinished
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "safetensors")
@@ -79,8 +79,7 @@ def write_whole(path: Path, content: bytes, check: Callable[[], None] = lambda: 
         check()
         scratch.replace(path)
     except OSError as error:
-        needed = len(content) / 1e6
-        raise OutputError(f"cannot write {path} ({error.strerror}): {needed:.2f} MB are needed there") from error
+        raise cannot_write(path, error, len(content)) from error
     finally:
         with suppress(OSError):
             scratch.unlink()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from submission.contact_sheet import draw_contact_sheet
+from submission.contact_sheet import MOST_CLASSES, draw_contact_sheet
 from submission.dataset_file import mean_and_std
 from submission.errors import InputFileError
 from submission.manifest import write_json, write_whole
@@ -23,8 +23,8 @@ from submission.tasks import Task, builtin_names, load_task
 from tools.command import exit_code_of
 from tools.tensor_files import LabelledImages, read_submission
 
-# Images looked at together: 12 MB of float32 at 32 px.
-CHUNK = 1024
+# Pixels of images looked at together: 12 MB of float32.
+PIXELS_A_CHUNK = 1 << 20
 # How far a number may lie from where it should be: half precision's rounding at the ends of the range.
 TOLERANCE = 0.01
 
@@ -129,8 +129,9 @@ def _survey(images: torch.Tensor) -> Survey:
 
 def _chunks(images: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Position and content, contiguous float32, of some images at a time."""
-    for start in range(0, len(images), CHUNK):
-        yield start, images[start : start + CHUNK].float().contiguous()
+    step = max(1, PIXELS_A_CHUNK // images[0, 0].numel())
+    for start in range(0, len(images), step):
+        yield start, images[start : start + step].float().contiguous()
 
 
 def _normalisation(survey: Survey, task: Task) -> Iterator[Finding]:
@@ -182,10 +183,11 @@ def _numbers(values: Sequence[float]) -> str:
 
 def _draw(data: LabelledImages, task: Task) -> bytes:
     """A contact sheet of the first image of each class."""
-    firsts = data.images[:: len(data.labels) // len(task.classes)].float()
+    classes = task.classes[:MOST_CLASSES]
+    firsts = data.images[:: len(data.labels) // len(task.classes)][: len(classes)].float()
     mean, std = mean_and_std(task)
     pixels = ((firsts * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return draw_contact_sheet(pixels.numpy(), [one.name for one in task.classes])
+    return draw_contact_sheet(pixels.numpy(), [one.name for one in classes])
 
 
 if __name__ == "__main__":
