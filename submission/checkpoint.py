@@ -104,10 +104,13 @@ def choose(model: str, *, cuda: bool, environment: Mapping[str, str], root: Path
 def _named(model: str, source: str) -> Checkpoint:
     if model == "embedded":
         return inspect(EMBEDDED, source)
-    if Path(model).is_dir():
-        return inspect(Path(model), source)
+    try:
+        if Path(model).is_dir():
+            return inspect(Path(model), source)
+    except OSError as error:
+        raise CheckpointError(f"{source}: {model} cannot be looked into ({error.strerror})") from error
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise CheckpointError(f"{source}: there is no folder {model}")
+        raise CheckpointError(f"{source}: there is no folder {model}, and a hub id has the form OWNER/NAME")
     return _from_hub(model, source)
 
 
@@ -210,6 +213,10 @@ def _variant(path: Path, component: str) -> str | None:
 
 def _check_weights(file: Path) -> None:
     try:
+        file.open("rb").close()  # whose error says why: a file that is not to be read is not a damaged one
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
+    try:
         with safe_open(file, framework="numpy") as weights:  # checks that the file is as long as its header says
             empty = not weights.keys()
     except (SafetensorError, OSError) as error:
@@ -223,8 +230,10 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing: not a checkpoint in SDXL's layout, or not all of it") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged ({error}): fetch it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a JSON object")
     return content

@@ -180,8 +180,9 @@ def shape_that_fits(config: JobConfig, spool: Spool, log: Log) -> Shape:
     fitting = int(USABLE_ROOM * free / (image_bytes * shape.classes))
     if fitting < 1:
         raise OutputError(
-            f"no room in {config.output}: one image a class needs {image_bytes * shape.classes / 1e6:,.1f} MB there, "
-            f"{free / 1e6:,.1f} MB are free"
+            f"no room in {config.output}: one image a class of {config.task.name} takes "
+            f"{image_bytes * shape.classes / 1e6:,.2f} MB there, and {free / 1e6:,.2f} MB are free: make room, or "
+            "choose another --output"
         )
     cap = min(shape.cap, fitting)
     bounded = f", all there is room for of the {shape.cap} allowed" if cap < shape.cap else ""

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import torch
 
+from submission.cli import Parser
 from submission.contact_sheet import MOST_CLASSES, draw_contact_sheet
 from submission.dataset_file import mean_and_std
-from submission.errors import InputFileError
+from submission.errors import InputFileError, UsageError
 from submission.manifest import write_json, write_whole
 from submission.tasks import Task, builtin_names, load_task
 from tools.command import exit_code_of
@@ -48,13 +49,17 @@ class Survey:
     repeated: list[int]  # positions of images that an earlier image equals
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="./run.sh audit",
         description="Checks a training set's file without training on it, and draws one image of each class.",
-        epilog="exit codes: 0 nothing wrong, or warnings alone; 2 usage; 5 output cannot be written; 6 a bad file",
+        epilog="examples:\n  ./run.sh audit outputs/cifar100.pt\n"
+        "  ./run.sh audit outputs/my-classes.pt --task my-classes.toml\n\n"
+        "exit codes: 0 nothing wrong, or warnings alone; 2 usage; 5 output cannot be written; 6 a bad file",
     )
-    parser.add_argument("file", type=Path, metavar="FILE.pt")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE.pt", help="what the job has made, or anyone: a tensor of torch.save"
+    )
     parser.add_argument(
         "--task",
         metavar="TASK",
@@ -85,7 +90,10 @@ def inspect(data: LabelledImages, task: Task) -> list[Finding]:
 
 def _report(options: argparse.Namespace) -> int:
     """Print and write what was found; returns the exit code. Raises UsageError, InputFileError, OutputError."""
-    task = load_task(options.task or options.file.stem)
+    try:
+        task = load_task(options.task or options.file.stem)
+    except UsageError as error:
+        raise error if options.task else UsageError(f"--task is missing: {error}") from error
     facts: dict[str, object] = {"file": str(options.file), "task": task.name}
     try:
         data = read_submission(options.file, task)
