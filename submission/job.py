@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,8 +29,8 @@ from submission.finish import collect_snapshot, finish, start_snapshot, write_ma
 from submission.generator import load_generator
 from submission.guard import Duties, Guard
 from submission.manifest import Digests, job_of
-from submission.needs import WorkingMemory, memory_free, memory_needed
-from submission.output_folder import claimed, release, remove_unfinished, room
+from submission.needs import WorkingMemory, shape_that_fits, tell_memory
+from submission.output_folder import claimed, release, remove_unfinished
 from submission.pipeline import choose_dtype
 from submission.progress import Log, Status
 from submission.ranks import Place
@@ -44,8 +43,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 # Until a file has been written, its cost is taken to be this: seconds a file, and seconds a colour value of a generated
 # image and of a copy. About what was measured on two CPU cores.
 GUESSED_FIXED, GUESSED_VALUE, GUESSED_COPY = 0.1, 1e-8, 2e-8
-# The part of a disk's free space that the job may plan to fill.
-USABLE_ROOM = 0.95
 # The part of what is left of the budget that looking for a cheaper decoder may take.
 DECODER_SHARE = 0.2
 # A change of the planned rounds by this share is worth a line in the log, and so much of the budget lies between two.
@@ -71,8 +68,8 @@ def run(config: JobConfig, place: Place, budget: Budget, log: Log, guard: Guard)
     )
     if checkpoint.path == checkpoints.EMBEDDED and task.name not in builtin_names():
         log.warn(
-            f"the embedded model knows the classes of {' and '.join(builtin_names())} alone, and draws nothing that "
-            f"could be told to be {task.classes[0].name}: use SDXL-Turbo for a task of your own"
+            f"the embedded model knows the classes of {' and '.join(builtin_names())} alone, and its pictures of "
+            "others do not look like them: use SDXL-Turbo for a task of your own"
         )
     with open_spool(config, checkpoint, place, budget, log) as spool:
         dtype, shape = choose_dtype(device), shape_that_fits(config, spool, log)
@@ -83,7 +80,7 @@ def run(config: JobConfig, place: Place, budget: Budget, log: Log, guard: Guard)
         digests = Digests(checkpoint)
         if place.rank == 0:
             digests.begin()
-        with little_memory_said(config):
+        with lack_of_memory_said(config):
             generator = load_generator(
                 task,
                 checkpoint,
@@ -171,42 +168,8 @@ def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
-def shape_that_fits(config: JobConfig, spool: Spool, log: Log) -> Shape:
-    """What was asked for, with a cap that the disk has room for; says how much of it that takes. Raises OutputError."""
-    shape, values = config.shape, 3 * config.task.size**2
-    # The spool, the file in place and the next one, which replaces it when it is whole.
-    image_bytes = values * (1 + 2 * getattr(torch, config.dtype).itemsize)
-    free = room(config.output) + spool.count * shape.classes * values
-    fitting = int(USABLE_ROOM * free / (image_bytes * shape.classes))
-    if fitting < 1:
-        raise OutputError(
-            f"no room in {config.output}: one image a class of {config.task.name} takes "
-            f"{image_bytes * shape.classes / 1e6:,.2f} MB there, and {free / 1e6:,.2f} MB are free: make room, or "
-            "choose another --output"
-        )
-    cap = min(shape.cap, fitting)
-    bounded = f", all there is room for of the {shape.cap} allowed" if cap < shape.cap else ""
-    log.say(
-        f"disk: at most {cap * shape.classes * image_bytes / 1e9:,.2f} GB in {config.output}, where {free / 1e9:,.2f} "
-        f"GB are free, for IPC {cap}{bounded}"
-    )
-    return replace(shape, cap=cap)
-
-
-def tell_memory(config: JobConfig, checkpoint: Checkpoint, dtype: torch.dtype, place: Place, log: Log) -> None:
-    """Says how much memory this process takes at most, and whether that is there for all of them on this machine."""
-    prompts = sum(map(len, config.task.prompts(config.prompts)))
-    needed = memory_needed(checkpoint, config.task, prompts, dtype.itemsize, torch.get_num_threads())
-    free = memory_free() // place.local_ranks
-    said = f"memory: at most {needed / 1e9:.2f} GB, where {free / 1e9:.2f} GB are free"
-    if needed > free:
-        log.warn(f"{said}: the system may end this process")
-    else:
-        log.say(said)
-
-
 @contextmanager
-def little_memory_said(config: JobConfig) -> Iterator[None]:
+def lack_of_memory_said(config: JobConfig) -> Iterator[None]:
     """Raises UsageError where the model does not fit into memory."""
     try:
         yield
