@@ -210,5 +210,6 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
             "sha256": work.digests.wait(0),
         },
         "warnings": [*log.warnings, *crew.warnings()],
+        "peak_memory_bytes": work.memory.peak,
         **machine(generator.sampler.device),
     }

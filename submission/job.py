@@ -29,7 +29,7 @@ from submission.finish import collect_snapshot, finish, start_snapshot, write_ma
 from submission.generator import load_generator
 from submission.guard import Duties, Guard
 from submission.manifest import Digests, job_of
-from submission.needs import WorkingMemory, shape_that_fits, tell_memory
+from submission.needs import shape_that_fits, tell_memory
 from submission.output_folder import claimed, release, remove_unfinished
 from submission.pipeline import choose_dtype
 from submission.progress import Log, Status
@@ -246,7 +246,7 @@ def generate(work: Work, guard: Guard) -> None:
     scheduler, spool, generator, log = work.scheduler, work.spool, work.generator, work.log
     classes, budget = scheduler.shape.classes, scheduler.budget
     current, crowding = np.empty(spool.shape, np.uint8), Crowding()
-    on_cpu, memory = generator.sampler.device.type == "cpu", WorkingMemory.watch()
+    on_cpu = generator.sampler.device.type == "cpu"
     while not guard.stop.is_set() and not work.crew.over.is_set():
         size = scheduler.next_batch()
         work.crew.done = not size
@@ -285,7 +285,7 @@ def generate(work: Work, guard: Guard) -> None:
                 if place % classes == classes - 1:
                     spool.append(current, int(work.numbers[place // classes]))
         took = budget.elapsed - began
-        if on_cpu and not memory.allows_more():
+        if on_cpu and not work.memory.allows_more():
             scheduler.batch.limit = scheduler.batch.current
         if scheduler.observe(len(images), took, disturbed=disturbed):
             log.warn(f"a batch took {took:.1f} s where {expected:.1f} s were expected (a stopped process?): new plan")

@@ -1,7 +1,6 @@
 """What a job takes of disk and memory at most, said before the model is loaded and kept to while it runs."""
 
-import resource
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -16,13 +15,12 @@ from submission.ranks import Place
 from submission.rounds import Spool
 from submission.tasks import Task
 from submission.work import JobConfig
+from submission.working_memory import WORKING
 
 # The part of a disk's free space that the job may plan to fill.
 USABLE_ROOM = 0.95
 # Bytes. Python with torch, diffusers and transformers: 0.6 GB were seen.
 LIBRARIES = 700 << 20
-# What goes on beside the model and is done with again: a batch, or the encoding of prompts. Batches do not grow beyond.
-WORKING = 1500 << 20
 # Chunks of a file in the making, on each thread that makes them.
 WRITING = 70 << 20
 # Where a container's memory limit stands, in a file of its own control group.
@@ -87,19 +85,3 @@ def _weights(checkpoint: Checkpoint, component: str, itemsize: int) -> int:
     """Bytes of a component's weights: as they are in the mapped file, and as they are loaded."""
     file = checkpoint.weight_file(component).stat().st_size
     return file + file * itemsize // (2 if checkpoint.variants[component] else 4)
-
-
-@dataclass
-class WorkingMemory:
-    """What batches take of the memory, seen from the process's peak."""
-
-    before: int
-
-    @classmethod
-    def watch(cls) -> "WorkingMemory":
-        return cls(psutil.Process().memory_info().rss)
-
-    def allows_more(self) -> bool:
-        """Whether twice of what batches have taken so far would still be within `WORKING`."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return 2 * (peak - self.before) <= WORKING

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from submission import cli, needs
+from submission import cli, working_memory
 from submission.errors import BankoError
 from submission.tasks import load_task
 
@@ -90,7 +90,7 @@ def test_prompt_styles_make_different_images(run: Run, task_file: Path) -> None:
 
 
 def test_batches_keep_to_the_memory_that_was_said(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(needs, "WORKING", -1)
+    monkeypatch.setattr(working_memory, "WORKING", -(1 << 40))
     run()
     assert json.loads((tmp_path / "out/tiny.json").read_text())["batch_size"] == 1
 

@@ -7,8 +7,9 @@ import pytest
 
 from submission import needs
 from submission.checkpoint import EMBEDDED, inspect
-from submission.needs import WorkingMemory, memory_free, memory_needed
+from submission.needs import memory_free, memory_needed
 from submission.tasks import load_task
+from submission.working_memory import WORKING, WorkingMemory
 
 
 def test_classes_prompts_and_weights_count_and_images_a_class_do_not() -> None:
@@ -30,5 +31,7 @@ def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_batches_may_grow_until_twice_their_memory_would_be_too_much() -> None:
-    assert WorkingMemory.watch().allows_more()
-    assert not WorkingMemory(before=-needs.WORKING).allows_more()
+    memory = WorkingMemory.watch()
+    assert memory.allows_more()
+    bytearray(b"x") * WORKING  # taken, and let go
+    assert not memory.allows_more() and memory.peak >= WORKING
