@@ -31,7 +31,6 @@ from submission.budget import start_budget
 from submission.checkpoint import EMBEDDED, inspect
 from submission.estimates import Extent
 from submission.generator import Generator, load_generator
-from submission.pipeline import choose_dtype
 from submission.progress import Log
 from submission.tasks import load_task
 from submission.work import Work
@@ -49,16 +48,7 @@ def generator() -> Generator:
     torch.set_num_threads(1)
     log = Log("plain", start_budget(600))
     device, checkpoint = torch.device("cpu"), inspect(EMBEDDED, "embedded")
-    return load_generator(
-        load_task("cifar100"),
-        checkpoint,
-        device,
-        log,
-        style="described",
-        seed=0,
-        resolution=None,
-        dtype=choose_dtype(device),
-    )
+    return load_generator(load_task("cifar100"), checkpoint, device, log, style="described", seed=0, resolution=None)
 
 
 def start(output: Path, *options: str, fault: str = "", rank: int = 0, ranks: int = 1) -> ForkServerProcess:

@@ -13,11 +13,8 @@ from submission.budget import start_budget
 from submission.checkpoint import inspect
 from submission.errors import CheckpointError
 from submission.generator import Generator, load_generator
-from submission.pipeline import choose_dtype
 from submission.progress import Log
 from submission.tasks import load_task
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -28,9 +25,7 @@ def log() -> Log:
 @pytest.fixture
 def generator(checkpoint_folder: Path, task_file: Path, log: Log) -> Generator:
     task, checkpoint = load_task(str(task_file)), inspect(checkpoint_folder, "test")
-    return load_generator(
-        task, checkpoint, CPU, log, style="described", seed=0, resolution=None, dtype=choose_dtype(CPU)
-    )
+    return load_generator(task, checkpoint, torch.device("cpu"), log, style="described", seed=0, resolution=None)
 
 
 def test_an_overflowing_decoder_is_replaced_by_a_more_precise_one_and_said(generator: Generator, log: Log) -> None:
@@ -76,7 +71,7 @@ def test_images_broken_in_full_precision_are_an_error(generator: Generator, log:
 def test_a_prompt_longer_than_the_model_reads_is_said(checkpoint_folder: Path, task_file: Path, log: Log) -> None:
     task_file.write_text(task_file.read_text().replace("a photo of a plum", "a photo of a plum, dark blue, on a plate"))
     task, checkpoint = load_task(str(task_file)), inspect(checkpoint_folder, "test")
-    load_generator(task, checkpoint, CPU, log, style="described", seed=0, resolution=None, dtype=choose_dtype(CPU))
+    load_generator(task, checkpoint, torch.device("cpu"), log, style="described", seed=0, resolution=None)
     assert len(log.warnings) == 1 and "1 of 3 prompts" in log.warnings[0] and "on a plate" in log.warnings[0]
 
 
@@ -99,15 +94,7 @@ def test_a_decoder_that_cannot_be_measured_is_said(
     monkeypatch.setattr(pipeline, "load_vae", broken)
     task, checkpoint = load_task(str(task_file)), inspect(checkpoint_folder, "test")
     made = load_generator(
-        task,
-        checkpoint,
-        CPU,
-        log,
-        style="described",
-        seed=0,
-        resolution=None,
-        dtype=choose_dtype(CPU),
-        decoder="linear",
+        task, checkpoint, torch.device("cpu"), log, style="described", seed=0, resolution=None, decoder="linear"
     )
     assert made.decoder.rung == "vae"
     assert "the VAE stays" in log.warnings[0]

@@ -36,12 +36,10 @@ def build_parser(benches: Mapping[str, ModuleType]) -> Parser:
     )
     names = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     for name, bench in benches.items():
-        summary, example = (
-            (bench.__doc__ or "").splitlines()[0],
-            f"example:\n  ./run.sh bench {name} --json {name}.json",
-        )
+        summary = (bench.__doc__ or "").splitlines()[0]
+        epilog = f"example:\n  ./run.sh bench {name} --json {name}.json\n\n{CODES}"
         command = names.add_parser(
-            name, prog=f"./run.sh bench {name}", help=summary, description=summary, epilog=f"{example}\n\n{CODES}"
+            name, prog=f"./run.sh bench {name}", help=summary, description=summary, epilog=epilog
         )
         command.add_argument("--json", type=Path, metavar="PATH", help="write the figures there as well")
         bench.add_arguments(command)
