@@ -103,11 +103,7 @@ USAGE = [
     Row(f"{'x' * 300}.toml", 2, "File name too long"),
     Row("tiny.toml --model checkpoint --prompts diverse", 2, "add a [phrasings] table such as"),
     Row("tiny.toml --model checkpoint --resolution 18", 2, "this checkpoint needs a multiple of 4"),
-    Row(
-        "tiny.toml --model checkpoint --resolution 4194304",
-        2,
-        "no memory for the model and its first images",
-    ),
+    Row("tiny.toml --model checkpoint --resolution 4194304", 2, "no memory for the model and its first images"),
     Row("tiny.toml --model checkpoint --decoder pooled", 2, "--decoder pooled: latents of 8 px are not finer"),
 ]
 JOB = [
@@ -172,9 +168,7 @@ ORDINARY = [
     Row("secret.toml", 2, "secret.toml: cannot be read: Permission denied"),
     Row("tiny.toml --model locked/sdxl", 4, "locked/sdxl cannot be looked into (Permission denied)"),
     Row("tiny.toml --model cut", 4, "model.fp16.safetensors cannot be read (Permission denied)"),
-    Row(
-        "tiny.toml --model checkpoint --output locked/out", 5, "cannot write to locked/out (Permission denied): choose"
-    ),
+    Row("tiny.toml --model checkpoint --output locked/out", 5, "cannot write to locked/out (Permission denied)"),
     Row("init locked/pets.toml --classes good.txt", 5, "(Permission denied): choose a place that you can write to"),
     Row("init pets.toml --classes secret.txt", 6, "secret.txt: Permission denied"),
     Row("evaluate --submit_dir submit --truth_dir locked --tasks tiny.toml", 6, "locked/tiny_test.pt: Permission"),
@@ -193,17 +187,17 @@ def folder(checkpoint_folder: Path) -> Iterator[Path]:
     forked.warm_up()
     yield made
     shutil.rmtree(made)
+    made.with_suffix(".log").unlink(missing_ok=True)
 
 
 def refused(row: Row, folder: Path) -> None:
     """Runs a row and holds it to what it should return and say, and to leaving nothing behind."""
     before = files_of(folder)
-    tool, *arguments = shlex.split(row.line) or [""]
-    main = TOOLS.get(tool, cli.main)
-    log = folder.with_suffix(".log")
+    words, log = shlex.split(row.line), folder.with_suffix(".log")
+    main = TOOLS.get(words[0]) if words else None
     process = forked.start_command(
-        main,
-        arguments if tool in TOOLS else shlex.split(row.line),
+        main or cli.main,
+        words[1:] if main else words,
         log,
         folder=folder,
         environment=row.environment,

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from submission import cli, working_memory
+from submission import checkpoint, cli, working_memory
 from submission.errors import BankoError
 from submission.tasks import load_task
 
@@ -87,6 +87,21 @@ def test_prompt_styles_make_different_images(run: Run, task_file: Path) -> None:
     diverse = run("--max-ipc", "2", "--aug-per-image", "0", "--prompts", "diverse", output="diverse")
     assert levels(diverse[:, 0], described[:, 0]) <= 1, "round 0 has the first phrasing"
     assert levels(diverse[:, 1], described[:, 1]) > 0, "round 1 the second"
+
+
+def test_a_file_that_is_replaced_and_classes_the_model_does_not_know_are_said(
+    run: Run,
+    checkpoint_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run("--max-ipc", "1")
+    assert "is there already" not in capsys.readouterr().out
+    monkeypatch.setattr(checkpoint, "EMBEDDED", checkpoint_folder)
+    run("--max-ipc", "1")
+    assert "out/tiny.pt is there already, and is replaced once a round is done" in capsys.readouterr().out
+    assert "the embedded model knows" in json.loads((tmp_path / "out/tiny.json").read_text())["warnings"][0]
 
 
 def test_batches_keep_to_the_memory_that_was_said(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
