@@ -4,7 +4,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # What runs outside the budget: modules of tools/, with _ for -.
-tools='^(evaluate|audit|report|rehearse|bench|make-checkpoint|train-embedded)$'
+tools='^(init|evaluate|audit|report|rehearse|bench|make-checkpoint|train-embedded)$'
 
 # Installs a requirements file into .venv, once for each content of it.
 install() {
@@ -44,6 +44,11 @@ if [[ -z $python ]]; then
     if [[ ${1:-} == test || ${1:-} =~ $tools ]]; then
         install requirements-dev.txt
     fi
+fi
+
+if ! command -v "$python" >/dev/null; then
+    echo "error: BANKO_PYTHON=$python is no Python interpreter: name one that has requirements.txt installed, or none" >&2
+    exit 2
 fi
 
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"

@@ -46,12 +46,12 @@ WAIT_FACTOR = 2.0
 STALL_RESERVE = 1.0
 
 
-def parse_seconds(text: str) -> float:
-    """Reads a duration: `600`, `90s` or `10m`, in seconds. Raises UsageError for anything else or for <= 0."""
+def parse_seconds(text: str, option: str = "--budget") -> float:
+    """Reads a duration, `600`, `90s` or `10m`, in seconds. Raises UsageError, naming the `option`, for all else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m)?", text.strip())
     seconds = float(match[1]) * (60 if match[2] == "m" else 1) if match else 0.0
     if seconds <= 0:
-        raise UsageError(f"budget {text!r} is not a duration: write seconds or minutes, as in 600, 90s or 10m")
+        raise UsageError(f"{option} {text!r} is not a duration: write seconds or minutes, as in 600, 90s or 10m")
     return seconds
 
 
@@ -350,7 +350,7 @@ class Scheduler:
                 f"{math.ceil(self.shape.classes / self.batch.current)} batches is done; try --budget "
                 f"{math.ceil(2 * self.budget.seconds)}s or --batch-size 1"
             )
-        start = self.budget.elapsed - self.images * self.pace.mean
+        start = max(0.0, self.budget.elapsed - self.images * self.pace.mean)
         generate = self.pace.mean * self.shape.classes
         finish = self.finish(self.shape.extent(1))
         needed = start + generate + finish

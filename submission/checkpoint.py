@@ -47,7 +47,8 @@ class Checkpoint:
     """A checkpoint folder found whole.
 
     `source` says which rule chose it; `variants` maps each component with weights to `"fp16"` or None, the
-    variant of its file; `configs` maps each component to its parsed configuration.
+    variant of its file; `configs` maps each component to its parsed configuration; `prompt_size` is how many numbers
+    a prompt's embeddings are.
     """
 
     path: Path
@@ -55,6 +56,7 @@ class Checkpoint:
     variants: Mapping[str, str | None]
     configs: Mapping[str, Any]
     resolutions: tuple[int, ...]
+    prompt_size: int
 
     @property
     def vae_factor(self) -> int:
@@ -102,10 +104,13 @@ def choose(model: str, *, cuda: bool, environment: Mapping[str, str], root: Path
 def _named(model: str, source: str) -> Checkpoint:
     if model == "embedded":
         return inspect(EMBEDDED, source)
-    if Path(model).is_dir():
-        return inspect(Path(model), source)
+    try:
+        if Path(model).is_dir():
+            return inspect(Path(model), source)
+    except OSError as error:
+        raise CheckpointError(f"{source}: {model} cannot be looked into ({error.strerror})") from error
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise CheckpointError(f"{source}: there is no folder {model}")
+        raise CheckpointError(f"{source}: there is no folder {model}, and a hub id has the form OWNER/NAME")
     return _from_hub(model, source)
 
 
@@ -153,13 +158,16 @@ def inspect(path: Path, source: str) -> Checkpoint:
     try:
         factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
         own = int(configs["unet"]["sample_size"]) * factor
+        # What is not in a text encoder's configuration is as in CLIP.
+        tokens = int(configs["text_encoder"].get("max_position_embeddings", 77))
+        prompt_size = tokens * int(configs["unet"]["cross_attention_dim"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: unet/config.json or vae/config.json lacks a usable {error}") from error
     training = path / "training.json"
     resolutions = _read_json(training).get("resolutions") if training.exists() else [own]
     if not isinstance(resolutions, list) or not resolutions or not all(isinstance(r, int) for r in resolutions):
         raise CheckpointError(f"{training}: resolutions must be a list of pixel sizes")
-    return Checkpoint(path, source, variants, configs, tuple(sorted(resolutions)))
+    return Checkpoint(path, source, variants, configs, tuple(sorted(resolutions)), prompt_size)
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, str]:
@@ -205,6 +213,10 @@ def _variant(path: Path, component: str) -> str | None:
 
 def _check_weights(file: Path) -> None:
     try:
+        file.open("rb").close()  # whose error says why: a file that is not to be read is not a damaged one
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
+    try:
         with safe_open(file, framework="numpy") as weights:  # checks that the file is as long as its header says
             empty = not weights.keys()
     except (SafetensorError, OSError) as error:
@@ -218,8 +230,10 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text())
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing: not a checkpoint in SDXL's layout, or not all of it") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error})") from error
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged ({error}): fetch it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a JSON object")
     return content

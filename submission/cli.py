@@ -2,13 +2,16 @@
 
 import argparse
 import os
+import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from submission.budget import Budget, parse_seconds, start_budget
-from submission.errors import BankoError
+from submission.errors import BankoError, UsageError
 from submission.guard import Guard
 from submission.launch import launch
 from submission.ranks import find_place
@@ -18,7 +21,18 @@ EXAMPLES = """examples:
   ./run.sh cifar100                              ten minutes, embedded model without a GPU, SDXL-Turbo with one
   ./run.sh tinyimagenet --budget 2m --seed 7     another task, budget and seed
   ./run.sh cifar100 --model models/sdxl-turbo --resolution 256
-  ./run.sh my-classes.toml --prompts diverse     a task of your own
+  ./run.sh my-classes.toml --prompts diverse     a task of your own, which init has written
+
+tools, each with a --help of its own:
+  ./run.sh init             writes a task of your own from a list of class names
+  ./run.sh evaluate         scores a file as the organisers do
+  ./run.sh audit            checks a file without training on it
+  ./run.sh report           makes the page about a run anew
+  ./run.sh rehearse         runs the job under a hard limit, as the organisers would
+  ./run.sh bench            measures what this project claims
+  ./run.sh make-checkpoint  writes random weights in SDXL-Turbo's layout
+  ./run.sh train-embedded   trains the embedded checkpoint
+  ./run.sh test             runs everything that CI runs
 
 exit codes:
   0 file complete   2 usage   3 the budget cannot hold one round   4 checkpoint missing, damaged or of the wrong kind
@@ -26,26 +40,44 @@ exit codes:
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class Parser(argparse.ArgumentParser):
+    """Help whose examples stand as they were written, and wrong usage said in one line."""
+
+    def __init__(self, *, prog: str, description: str, epilog: str) -> None:
+        text = textwrap.fill(description, width=100)
+        super().__init__(
+            prog=prog, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UsageError.exit_code, f"error: {message}; {self.prog} --help says more\n")
+
+
+def build_parser() -> Parser:
+    parser = Parser(
         prog="./run.sh",
         description="Makes a class-balanced synthetic training set from class names, inside a time budget: "
-        "OUT/NAME.pt, with a manifest (.json), a contact sheet (.png) and a report (.html).",
+        "DIR/NAME.pt, with a manifest (.json), a contact sheet (.png) and a report (.html).",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("task", metavar="TASK", help=f"{', '.join(builtin_names())}, or the path of a task's .toml")
     parser.add_argument(
-        "--budget", default="10m", metavar="TIME", help="from process start to exit: 600, 90s or 10m (default: 10m)"
+        "--budget",
+        default="10m",
+        metavar="TIME",
+        help="from process start to exit, in seconds or minutes: 600, 90s or 10m (default: 10m)",
     )
     parser.add_argument(
         "--started-at",
-        type=float,
+        type=epoch,
         default=os.environ.get("BANKO_STARTED_AT"),
         metavar="EPOCH",
-        help="when the clock started, in Unix seconds, if before this process (default: $BANKO_STARTED_AT)",
+        help="when the budget began, in Unix seconds, if before this process (default: $BANKO_STARTED_AT, else its "
+        "start)",
     )
-    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs/")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs"), metavar="DIR", help="gets the files (default: outputs/)"
+    )
     parser.add_argument(
         "--model",
         default="auto",
@@ -54,14 +86,17 @@ def build_parser() -> argparse.ArgumentParser:
         "models/sdxl-turbo, else SDXL-Turbo from the hub with a GPU and the embedded model without (default: auto)",
     )
     parser.add_argument(
-        "--resolution", type=number_from(1), metavar="PX", help="canvas to generate on (default: the checkpoint's own)"
+        "--resolution",
+        type=number_from(1),
+        metavar="PX",
+        help="width of the canvas to generate on, in pixels (default: the checkpoint's own)",
     )
     parser.add_argument(
         "--aug-per-image",
         type=number_from(0),
         default=4,
         metavar="N",
-        help="augmented copies an image at most (default: 4)",
+        help="augmented copies an image at most; 0: none (default: 4)",
     )
     parser.add_argument(
         "--pda", choices=("paper", "natural", "none"), default="natural", help="how copies are made (default: natural)"
@@ -82,12 +117,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-ipc", type=number_from(1), metavar="N", help="most images a class in the file (default: the task's, 500)"
     )
-    parser.add_argument("--seed", type=number_from(0), default=0, metavar="N", help="0 or more (default: 0)")
     parser.add_argument(
-        "--batch-size", type=batch_size, default=None, metavar="N", help="auto or a number (default: auto)"
+        "--seed", type=number_from(0), default=0, metavar="N", help="of all that is random (default: 0)"
     )
     parser.add_argument(
-        "--dtype", choices=("float32", "float16"), default="float32", help="of the file (default: float32)"
+        "--batch-size",
+        type=batch_size,
+        default=None,
+        metavar="N",
+        help="images made at a time, or auto: what measures best (default: auto)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16"),
+        default="float32",
+        help="of the numbers in the file (default: float32)",
     )
     parser.add_argument(
         "--processes",
@@ -96,11 +140,15 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="so many processes that share out the rounds, a GPU each where there are any (default: 1)",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.add_argument(
-        "--resume", action="store_true", help="go on from the rounds that an interrupted run left in DIR"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any (default: auto)"
     )
-    parser.add_argument("--log", choices=("plain", "rich", "json"), help="default: rich on a terminal, plain otherwise")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the rounds that an interrupted run left in the output folder"
+    )
+    parser.add_argument(
+        "--log", choices=("plain", "rich", "json"), help="how to tell (default: rich on a terminal, else plain)"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -164,13 +212,21 @@ def number_from(low: int) -> Callable[[str], int]:
     """An argparse type: whole numbers not below `low`."""
 
     def number(text: str) -> int:
-        value = int(text)
-        if value < low:
-            raise argparse.ArgumentTypeError(f"{text} is below {low}")
-        return value
+        # Python itself reads and takes more: 1_000, digits of all scripts, and numbers no library can hold.
+        if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {low} or more")
+        return int(text)
 
     return number
 
 
 def batch_size(text: str) -> int | None:
+    """An argparse type: `auto` is None."""
     return None if text == "auto" else number_from(1)(text)
+
+
+def epoch(text: str) -> float:
+    """An argparse type: a moment in Unix seconds."""
+    if not re.fullmatch(r"[0-9]{1,18}(\.[0-9]*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a moment in Unix seconds, such as 1735689600.5")
+    return float(text)

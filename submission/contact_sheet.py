@@ -14,7 +14,7 @@ MOST_CLASSES = 400
 
 
 def draw_contact_sheet(images: NDArray[np.uint8], names: Sequence[str]) -> bytes:
-    """A PNG of `images` [classes, 3, H, W], about square, in class order."""
+    """A PNG of `images` [classes, 3, H, W], about square, in class order; of `MOST_CLASSES` at most."""
     count = min(len(images), MOST_CLASSES)
     columns = round(count**0.5)
     rows = -(-count // columns)

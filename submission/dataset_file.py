@@ -5,6 +5,7 @@ with `weights_only=True` and can map it. It is streamed, so that memory does not
 """
 
 import errno
+import math
 import os
 import zipfile
 from collections import deque
@@ -19,11 +20,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
 from submission.augment import PdaStyle, augment
 from submission.crowding import seconds_idle
-from submission.errors import OutputError
+from submission.errors import OutputError, cannot_write
 from submission.output_folder import unfinished
 from submission.rounds import Rounds
 from submission.tasks import Task
@@ -112,8 +114,7 @@ def write_dataset(
             scratch.replace(path)
         return waited
     except OSError as error:
-        needed = np.prod(shape) * recipe.dtype.itemsize
-        raise OutputError(f"cannot write {path} ({error.strerror}): {needed / 1e6:,.0f} MB are needed there") from error
+        raise cannot_write(path, error, math.prod(shape) * recipe.dtype.itemsize) from error
     finally:
         with suppress(OSError):
             scratch.unlink()
@@ -200,10 +201,11 @@ def _chunk_size(task: Task) -> int:
 def _skeleton(scratch: Path, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, bytes | None]:
     """The records of torch's archive around a tensor, by name, in order; None stands for the tensor's own bytes.
 
-    torch writes them itself; `skip_data` leaves a hole for the tensor, which is allocated but never touched.
+    torch writes them itself; `skip_data` leaves a hole for the tensor. A fake one has no memory: a real one larger than
+    the machine's would not be had, though never touched.
     """
     try:
-        with skip_data():
+        with FakeTensorMode(), skip_data(materialize_fake_tensors=True):
             torch.save(torch.empty(shape, dtype=dtype), scratch)
     except RuntimeError as error:  # torch's own for whatever the file system says
         raise OSError(errno.EFBIG, "no file of this size can be made there") from error

@@ -36,6 +36,8 @@ POOLED_SHARE = 2
 
 # Canvas pixels decoded at a time: the VAE's activations take about a kilobyte a pixel.
 PIXELS_A_PASS = 1 << 18
+# Pixels of images made of them at a time: as floats, a few times over, they take 200 MB.
+IMAGE_PIXELS_A_PASS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,12 @@ def decode(decoder: Decoder, latents: Tensor) -> tuple[Tensor, Tensor]:
 
     The second result, bool [N], marks the images that came out sound: every value finite, and not one constant colour.
     """
+    parts = torch.split(latents, max(1, IMAGE_PIXELS_A_PASS // decoder.size**2))
+    pixels, sound = zip(*(_decode(decoder, part) for part in parts), strict=True)
+    return torch.cat(pixels), torch.cat(sound)
+
+
+def _decode(decoder: Decoder, latents: Tensor) -> tuple[Tensor, Tensor]:
     canvas = decoder.canvas(latents)
     pixels = (canvas / 2 + 0.5).nan_to_num().clamp(0, 1).mul(255).round().to(torch.uint8)
     return pixels, _sound(canvas)

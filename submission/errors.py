@@ -1,5 +1,8 @@
 """One exception an exit code. Raised where the fact is known, turned into one line by the command line."""
 
+import errno
+from pathlib import Path
+
 
 class BankoError(Exception):
     """A failure with a one-line message that says what is wrong and what to do, and the exit code for it."""
@@ -35,3 +38,10 @@ class InputFileError(BankoError):
     """A file handed to a tool was refused."""
 
     exit_code = 6
+
+
+def cannot_write(path: Path, error: OSError, size: float) -> OutputError:
+    """What kept `size` bytes from being written there, and what to do about it."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = f"{size / 1e6:,.2f} MB are needed there: make room" if full else "choose a place that you can write to"
+    return OutputError(f"cannot write {path} ({error.strerror}): {advice}")

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
-from submission.contact_sheet import draw_contact_sheet
+from submission.contact_sheet import MOST_CLASSES, draw_contact_sheet
 from submission.dataset_file import AbandonedError, write_dataset
 from submission.decoder import FIDELITY
 from submission.errors import OutputError
@@ -170,7 +170,7 @@ def check_folder(work: Work) -> None:
 def draw_sheet(work: Work) -> None:
     """The contact sheet, of the first round, once."""
     if not work.sheet_drawn:
-        classes, check = work.config.task.classes, work.crew.check
+        classes, check = work.config.task.classes[:MOST_CLASSES], work.crew.check
         images = work.spool.read()[np.zeros(len(classes), np.int64), np.arange(len(classes))]
         write_whole(
             work.config.dataset.with_suffix(".png"), draw_contact_sheet(images, [c.name for c in classes]), check
@@ -236,6 +236,7 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
             "sha256": work.digests.wait(0),
         },
         "warnings": [*log.warnings, *crew.warnings()],
+        "peak_memory_bytes": work.memory.peak,
         **machine(generator.sampler.device),
         # Last, since it is long.
         "progress": {

@@ -93,20 +93,22 @@ def load_generator(
     style: PromptStyle,
     seed: int,
     resolution: int | None,
+    dtype: torch.dtype | None = None,
     decoder: Rung | Literal["auto"] = "auto",
     patience: float = math.inf,
 ) -> Generator:
     """Encodes all prompts, lets the text encoders go, loads UNet and VAE, and chooses the decoder.
 
-    `resolution` is the canvas in pixels; None takes the checkpoint's own. `patience` is the seconds that choosing a
-    decoder may take. Raises UsageError or CheckpointError.
+    `resolution` is the canvas in pixels; None takes the checkpoint's own. `dtype` is the networks'; None takes
+    what is fastest here. `patience` is the seconds that choosing a decoder may take. Raises UsageError or
+    CheckpointError.
     """
     resolution = resolution or checkpoint.resolution_for(task.size)
     if resolution % checkpoint.resolution_step:
         raise UsageError(f"--resolution {resolution}: this checkpoint needs a multiple of {checkpoint.resolution_step}")
     if resolution < task.size:
         log.warn(f"images are generated at {resolution} px and enlarged to {task.size} px")
-    dtype = pipeline.choose_dtype(device)
+    dtype = dtype or pipeline.choose_dtype(device)
     phrasings = task.prompts(style)
     prompts = list(dict.fromkeys(chain.from_iterable(phrasings)))
     place = {prompt: index for index, prompt in enumerate(prompts)}

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 
 from submission import checkpoint as checkpoints
 from submission.batch_size import BatchSize
-from submission.budget import Budget, Scheduler
+from submission.budget import Budget, Scheduler, Shape
 from submission.checkpoint import Checkpoint
 from submission.crew import Crew
 from submission.crowding import Crowding
@@ -30,10 +29,13 @@ from submission.finish import collect_snapshot, finish, start_snapshot, write_ma
 from submission.generator import load_generator
 from submission.guard import Duties, Guard
 from submission.manifest import Digests, job_of
-from submission.output_folder import claimed, release, remove_unfinished, room
+from submission.needs import shape_that_fits, tell_memory
+from submission.output_folder import claimed, release, remove_unfinished
+from submission.pipeline import choose_dtype
 from submission.progress import Log, Status
 from submission.ranks import Place
 from submission.rounds import Spool, prepare_spool, remove_if_empty, share_of_rounds
+from submission.tasks import builtin_names
 from submission.work import JobConfig, Work
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -41,8 +43,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 # Until a file has been written, its cost is taken to be this: seconds a file, and seconds a colour value of a generated
 # image and of a copy. About what was measured on two CPU cores.
 GUESSED_FIXED, GUESSED_VALUE, GUESSED_COPY = 0.1, 1e-8, 2e-8
-# The part of a disk's free space that the job may plan to fill.
-USABLE_ROOM = 0.95
 # The part of what is left of the budget that looking for a cheaper decoder may take.
 DECODER_SHARE = 0.2
 # A change of the planned rounds by this share is worth a line in the log, and so much of the budget lies between two.
@@ -69,24 +69,34 @@ def run(config: JobConfig, place: Place, budget: Budget, log: Log, guard: Guard)
     log.say(
         f"{task.title}: {len(task.classes)} classes at {task.size} px; model: {checkpoint.source}; device: {device}"
     )
+    if checkpoint.path == checkpoints.EMBEDDED and task.name not in builtin_names():
+        log.warn(
+            f"the embedded model knows the classes of {' and '.join(builtin_names())} alone, and its pictures of "
+            "others do not look like them: use SDXL-Turbo for a task of your own"
+        )
     with open_spool(config, checkpoint, place, budget, log) as spool:
+        dtype, shape = choose_dtype(device), shape_that_fits(config, spool, log)
+        if device.type == "cpu":
+            tell_memory(config, checkpoint, dtype, place, log)
         crew = Crew(place, config.output, task.name, spool, log)
         crew.start()
         digests = Digests(checkpoint)
         if place.rank == 0:
             digests.begin()
-        generator = load_generator(
-            task,
-            checkpoint,
-            device,
-            log,
-            style=config.prompts,
-            seed=config.seed,
-            resolution=config.resolution,
-            decoder=config.decoder,
-            patience=DECODER_SHARE * budget.left,
-        )
-        scheduler = start_scheduler(config, budget, spool, log)
+        with lack_of_memory_said(config):
+            generator = load_generator(
+                task,
+                checkpoint,
+                device,
+                log,
+                style=config.prompts,
+                seed=config.seed,
+                resolution=config.resolution,
+                dtype=dtype,
+                decoder=config.decoder,
+                patience=DECODER_SHARE * budget.left,
+            )
+        scheduler = start_scheduler(config, shape, budget, spool)
         crew.follow(scheduler)
         numbers = share_of_rounds(scheduler.shape.cap, spool.before, place)
         scheduler.share = len(numbers)
@@ -121,6 +131,10 @@ def open_spool(config: JobConfig, checkpoint: Checkpoint, place: Place, budget: 
         finished = not folder.exists() and job_of(manifest) == place.job
         if finished and manifest.stat().st_mtime > epoch:
             raise OutputError(f"{manifest} was finished by other processes of this job before this one came")
+        if config.dataset.is_dir():
+            raise OutputError(f"{config.dataset} is a folder: rename it, or choose another --output")
+        if config.dataset.exists():
+            log.say(f"{config.dataset} is there already, and is replaced once a round is done")
         if leftovers := remove_unfinished(config.output, task.name):
             log.say(f"{leftovers} unfinished files of an interrupted run removed")
         label = identity(config, checkpoint)
@@ -157,22 +171,23 @@ def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
 
 
-def start_scheduler(config: JobConfig, budget: Budget, spool: Spool, log: Log) -> Scheduler:
-    """A scheduler that guesses what a file costs until one has been written, with a cap that the disk has room for."""
-    shape, values = config.shape, 3 * config.task.size**2
-    # The spool, the file in place and the next one, which replaces it when it is whole.
-    image_bytes = values * (1 + 2 * getattr(torch, config.dtype).itemsize)
-    free = room(config.output) + spool.count * shape.classes * values
-    fitting = int(USABLE_ROOM * free / (image_bytes * shape.classes))
-    if fitting < 1:
-        raise OutputError(
-            f"no room in {config.output}: one image a class needs {image_bytes * shape.classes / 1e6:,.1f} MB there, "
-            f"{free / 1e6:,.1f} MB are free"
-        )
-    if fitting < shape.cap:
-        log.say(f"{config.output} has {free / 1e9:,.1f} GB free, room for IPC {fitting} of the {shape.cap} allowed")
+@contextmanager
+def lack_of_memory_said(config: JobConfig) -> Iterator[None]:
+    """Raises UsageError where the model does not fit into memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _out_of_memory(error):
+            raise
+        wish = f" at {config.resolution} px" if config.resolution else ""
+        raise UsageError(f"no memory for the model and its first images{wish}: lower --resolution") from error
+
+
+def start_scheduler(config: JobConfig, shape: Shape, budget: Budget, spool: Spool) -> Scheduler:
+    """A scheduler that guesses what a file costs until one has been written."""
+    values = 3 * config.task.size**2
     cost = FileCost(shape.classes, GUESSED_FIXED, GUESSED_VALUE * values, GUESSED_COPY * values)
-    scheduler = Scheduler(budget, replace(shape, cap=min(shape.cap, fitting)), cost, BatchSize(config.batch_size))
+    scheduler = Scheduler(budget, shape, cost, BatchSize(config.batch_size))
     scheduler.elsewhere = len(spool.before)
     return scheduler
 
@@ -233,7 +248,8 @@ def generate(work: Work, guard: Guard) -> None:
     """
     scheduler, spool, generator, log = work.scheduler, work.spool, work.generator, work.log
     classes, budget = scheduler.shape.classes, scheduler.budget
-    pending, crowding = np.empty((0, *spool.shape[1:]), np.uint8), Crowding()
+    current, crowding = np.empty(spool.shape, np.uint8), Crowding()
+    on_cpu = generator.sampler.device.type == "cpu"
     while not guard.stop.is_set() and not work.crew.over.is_set():
         note_progress(work)
         size = scheduler.next_batch()
@@ -268,11 +284,13 @@ def generate(work: Work, guard: Guard) -> None:
                     torch.cuda.empty_cache()
                 log.warn(f"out of memory: batches of {scheduler.batch.current} from now on")
                 continue
-            pending, done = np.concatenate([pending, images.numpy()]), scheduler.images // classes
-            for number in work.numbers[done : done + len(pending) // classes].tolist():
-                spool.append(pending[:classes], number)
-                pending = pending[classes:]
+            for place, image in zip(places.tolist(), images.numpy(), strict=True):
+                current[place % classes] = image
+                if place % classes == classes - 1:
+                    spool.append(current, int(work.numbers[place // classes]))
         took = budget.elapsed - began
+        if on_cpu and not work.memory.allows_more():
+            scheduler.batch.limit = scheduler.batch.current
         if scheduler.observe(len(images), took, disturbed=disturbed):
             log.warn(f"a batch took {took:.1f} s where {expected:.1f} s were expected (a stopped process?): new plan")
         scheduler.cost.crowding = crowding.look(count=not disturbed)

@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import platform
-import resource
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 
 from submission.checkpoint import Checkpoint, identity
-from submission.errors import OutputError
+from submission.errors import cannot_write
 from submission.output_folder import unfinished
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "safetensors")
@@ -44,13 +43,12 @@ class Digests:
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """Versions, device, and peak memory so far in bytes (of the process; on CUDA also of the device)."""
+    """Versions, device, and on CUDA its peak memory so far in bytes."""
     facts: dict[str, object] = {
         "python": platform.python_version(),
         "versions": {library: importlib.metadata.version(library) for library in LIBRARIES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
         "threads": torch.get_num_threads(),
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
     if device.type == "cuda":
         facts["peak_device_memory_bytes"] = torch.cuda.max_memory_allocated(device)
@@ -79,8 +77,7 @@ def write_whole(path: Path, content: bytes, check: Callable[[], None] = lambda: 
         check()
         scratch.replace(path)
     except OSError as error:
-        needed = len(content) / 1e6
-        raise OutputError(f"cannot write {path} ({error.strerror}): {needed:.2f} MB are needed there") from error
+        raise cannot_write(path, error, len(content)) from error
     finally:
         with suppress(OSError):
             scratch.unlink()

@@ -72,7 +72,7 @@ def encode_prompts(
 
     logging.disable_progress_bar()
     hidden: list[Tensor] = []
-    pooled = torch.empty(0)
+    pooled: list[Tensor] = []
     for suffix, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
         tokenizer = _load_part(CLIPTokenizer, checkpoint.path, f"tokenizer{suffix}")
         encoder = _load_model(kind, checkpoint, f"text_encoder{suffix}", dtype).to(device)
@@ -83,12 +83,16 @@ def encode_prompts(
             truncation=True,
             return_tensors="pt",
         ).input_ids.to(device)
+        states: list[Tensor] = []
         with torch.inference_mode():
-            outputs = [encoder(batch, output_hidden_states=True) for batch in tokens.split(PROMPTS_A_BATCH)]
-        hidden.append(torch.cat([output.hidden_states[-2] for output in outputs]))
-        if suffix:
-            pooled = torch.cat([output.text_embeds for output in outputs])
-    return Conditioning(torch.cat(hidden, dim=-1).to(dtype), pooled.to(dtype))
+            for batch in tokens.split(PROMPTS_A_BATCH):
+                output = encoder(batch, output_hidden_states=True)
+                # The other layers' states, of thousands of prompts, would take many times as much memory.
+                states.append(output.hidden_states[-2])
+                if suffix:
+                    pooled.append(output.text_embeds)
+        hidden.append(torch.cat(states))
+    return Conditioning(torch.cat(hidden, dim=-1).to(dtype), torch.cat(pooled).to(dtype))
 
 
 def too_long(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[str]:

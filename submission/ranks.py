@@ -40,9 +40,9 @@ def find_place() -> Place:
     accelerate, which takes seconds to import, is asked only where there is more than one process.
     """
     environment = os.environ
-    if "WORLD_SIZE" not in environment and int(environment.get(SLURM["WORLD_SIZE"], 1)) > 1:
+    if "WORLD_SIZE" not in environment and _number(SLURM["WORLD_SIZE"]) > 1:
         environment.update({name: environment[theirs] for name, theirs in SLURM.items()})
-    if all(int(environment.get(name, 1)) == 1 for name in WORLD_SIZES):
+    if all(_number(name) == 1 for name in WORLD_SIZES):
         return Place(uuid.uuid4().hex)
     from accelerate.utils import get_cpu_distributed_information  # noqa: PLC0415  # slow to import
 
@@ -53,6 +53,15 @@ def find_place() -> Place:
     if not 0 <= told.rank < told.world_size:
         raise UsageError(f"the launcher says that this is rank {told.rank} of {told.world_size}")
     return Place(job, told.rank, told.world_size, told.local_rank, told.local_world_size)
+
+
+def _number(name: str) -> int:
+    """The whole number in the environment under that name, 1 where there is none. Raises UsageError."""
+    text = os.environ.get(name, "1")
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UsageError(f"{name}={text} in the environment: launchers put a whole number there; unset it") from error
 
 
 def lone_process_of_many() -> bool:

@@ -25,6 +25,8 @@ from submission.errors import OutputError, UsageError
 from submission.ranks import Place
 
 NUMBER_BYTES, CHECKSUM_BYTES = 4, 4
+# Bytes read at a time to check a record, which may be gigabytes long.
+PIECE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -129,15 +131,16 @@ class Spool:
     def append(self, images: NDArray[np.uint8], number: int) -> None:
         """Adds finished round `number`, [classes, 3, size, size]. Raises OutputError."""
         assert images.shape == self.shape and images.dtype == np.uint8
-        content = np.ascontiguousarray(images).tobytes() + number.to_bytes(NUMBER_BYTES, "little")
-        record = content + zlib.crc32(content).to_bytes(CHECKSUM_BYTES, "little")
-        offset = self._own.seen * len(record)
+        content, name = np.ascontiguousarray(images).reshape(-1).data, number.to_bytes(NUMBER_BYTES, "little")
+        checksum = zlib.crc32(name, zlib.crc32(content)).to_bytes(CHECKSUM_BYTES, "little")
+        offset = end = self._own.seen * _stride(self.shape)
         try:
-            written = os.pwrite(self._own.descriptor, record, offset)
+            for part in (content, memoryview(name + checksum)):
+                while part:  # the system takes two gigabytes at a time, and on a nearly full disk what fits
+                    written = os.pwrite(self._own.descriptor, part, end)
+                    part, end = part[written:], end + written  # noqa: PLW2901
         except OSError as error:
             raise self._full(error.strerror) from error
-        if written != len(record):
-            raise self._full("disk full")
         self._own.seen += 1
         self._places.setdefault(number, (self._own, offset))
 
@@ -186,10 +189,8 @@ class Spool:
                     self._files[path] = _File(os.open(path, os.O_RDONLY), rank)
                 file = self._files[path]
                 while file is not self._own and os.fstat(file.descriptor).st_size >= (file.seen + 1) * stride:
-                    record = os.pread(file.descriptor, stride, file.seen * stride)
-                    content, checksum = record[:-CHECKSUM_BYTES], record[-CHECKSUM_BYTES:]
-                    if zlib.crc32(content) == int.from_bytes(checksum, "little"):
-                        number = int.from_bytes(content[-NUMBER_BYTES:], "little")
+                    number = _number(file.descriptor, file.seen * stride, stride)
+                    if number is not None:
                         self._places.setdefault(number, (file, file.seen * stride))
                     elif file.rank is not None:
                         break  # the rest of it may be on its way
@@ -216,6 +217,17 @@ def _stride(shape: tuple[int, int, int, int]) -> int:
     """Bytes from one round to the next."""
     classes, channels, height, width = shape
     return classes * channels * height * width + NUMBER_BYTES + CHECKSUM_BYTES
+
+
+def _number(descriptor: int, offset: int, stride: int) -> int | None:
+    """The number of the round recorded there; None where its checksum does not match. Raises OSError."""
+    end, checksum = offset + stride - NUMBER_BYTES - CHECKSUM_BYTES, 0
+    for start in range(offset, end, PIECE):
+        checksum = zlib.crc32(os.pread(descriptor, min(PIECE, end - start), start), checksum)
+    name = os.pread(descriptor, NUMBER_BYTES, end)
+    told = os.pread(descriptor, CHECKSUM_BYTES, end + NUMBER_BYTES)
+    matches = zlib.crc32(name, checksum) == int.from_bytes(told, "little")
+    return int.from_bytes(name, "little") if matches else None
 
 
 def _compare(label: Path, identity: Mapping[str, str]) -> None:

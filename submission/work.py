@@ -22,6 +22,7 @@ from submission.progress import Log
 from submission.rounds import Spool
 from submission.snapshots import SnapshotWriter
 from submission.tasks import PromptStyle, Task
+from submission.working_memory import WorkingMemory
 
 
 @dataclass(frozen=True)
@@ -78,5 +79,6 @@ class Work:
     placing: threading.RLock = field(default_factory=threading.RLock)
     plans: list[dict[str, float]] = field(default_factory=list)
     progress: list[tuple[float, int, int]] = field(default_factory=list)
+    memory: WorkingMemory = field(default_factory=WorkingMemory.watch)
     sheet_drawn: bool = False
     finished: bool = False

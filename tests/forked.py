@@ -10,15 +10,19 @@ import itertools
 import multiprocessing
 import os
 import resource
+import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub import constants
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -32,6 +36,8 @@ from submission.tasks import load_task
 from submission.work import Work
 
 NOBODY = 65534
+# The main function of a command line.
+Main = Callable[[list[str]], int]
 # What a batch takes on the slow device.
 STUB_SECONDS = 0.8
 
@@ -53,6 +59,20 @@ def start(output: Path, *options: str, fault: str = "", rank: int = 0, ranks: in
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
     process = context.Process(target=_job, args=(output, options, fault, rank, ranks))
+    process.start()
+    return process
+
+
+def start_command(
+    main: Main, arguments: list[str], log: Path, *, folder: Path, environment: Mapping[str, str], fault: str = ""
+) -> ForkServerProcess:
+    """Starts a command line of the job or of a tool in a process of its own and in that folder.
+
+    `log` gets what it says on standard error. `fault` is the name of a function below.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    process = context.Process(target=_command, args=(main, arguments, log, folder, dict(environment), fault))
     process.start()
     return process
 
@@ -85,6 +105,26 @@ def _job(output: Path, options: tuple[str, ...], fault: str, rank: int, ranks: i
     vars(job)["load_generator"] = lambda *_, **__: loaded
     arguments = ["cifar100", "--model", "embedded", "--device", "cpu", "--output", str(output), *options]
     os._exit(cli.main(arguments))
+
+
+def _command(
+    main: Main, arguments: list[str], log: Path, folder: Path, environment: dict[str, str], fault: str
+) -> None:
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.environ.update(environment)
+    os.chdir(folder)
+    if fault:
+        globals()[fault](None)
+    try:
+        code = main(arguments)
+    except SystemExit as error:  # argparse
+        code = int(error.code or 0)
+    except Exception:  # noqa: BLE001  what Python does with it
+        traceback.print_exc()
+        code = 1
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _when_generating(loaded: Generator, before: Callable[[NDArray[np.int64]], None]) -> None:
@@ -186,7 +226,29 @@ def endless_report(_: Generator) -> None:
     vars(report)["write_report"] = lambda *_: time.sleep(1000)
 
 
-def ordinary_user(_: Generator) -> None:
+def offline(_: object) -> None:
+    """An empty hub cache and no network, through the hub library's own switches."""
+    vars(constants).update(HF_HUB_OFFLINE=True, HF_HUB_CACHE=str(Path.cwd() / "hub"))
+
+
+def gpu_without_weights(_: object) -> None:
+    """A CUDA device, and no SDXL-Turbo to be had."""
+    offline(None)
+    vars(torch.cuda).update(is_available=lambda: True, device_count=lambda: 1, set_device=lambda _: None)
+    vars(job)["PROJECT"] = Path.cwd()
+
+
+def interrupted(_: object) -> None:
+    """Ctrl-C while the model is loaded, which takes its time."""
+
+    def load(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1000)
+
+    vars(job)["load_generator"] = load
+
+
+def ordinary_user(_: object) -> None:
     """Someone whom permissions stop."""
     codecs.lookup("cp437")  # zipfile's, which this user may not be able to import from where Python is
     if os.getuid() == 0:

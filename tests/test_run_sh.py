@@ -54,6 +54,7 @@ def test_tools_install_what_they_need_and_get_their_arguments(project: Path) -> 
     code, calls = run(project, "evaluate", "--submit_dir", "a b")
     assert code == 0 and len(calls) == 3 and "requirements-dev.txt" in calls[1]
     assert calls[2] == "python -m tools.evaluate --submit_dir a b"
+    assert run(project, "init", "my.toml", "--classes", "x")[1] == ["python -m tools.init my.toml --classes x"]
     assert run(project, "audit", "x.pt")[1] == ["python -m tools.audit x.pt"]
     assert run(project, "report", "x.json")[1] == ["python -m tools.report x.json"]
     assert run(project, "rehearse", "cifar100", "--limit", "9")[1] == ["python -m tools.rehearse cifar100 --limit 9"]
@@ -71,6 +72,11 @@ def test_tests_are_linted_and_type_checked(project: Path) -> None:
 def test_in_the_image_nothing_is_installed(project: Path) -> None:
     interpreter = str(project / ".venv/bin/python")
     assert run(project, "cifar100", BANKO_PYTHON=interpreter) == (0, ["python -m submission cifar100"])
+
+
+def test_an_interpreter_that_is_not_there_is_said(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(project, "cifar100", BANKO_PYTHON="/no/python") == (2, [])
+    assert capfd.readouterr().err.startswith("error: BANKO_PYTHON=/no/python is no Python interpreter")
 
 
 def test_the_exit_code_is_the_job_s(project: Path) -> None:

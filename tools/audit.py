@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
-from submission.contact_sheet import draw_contact_sheet
+from submission.cli import Parser
+from submission.contact_sheet import MOST_CLASSES, draw_contact_sheet
 from submission.dataset_file import mean_and_std
-from submission.errors import InputFileError
+from submission.errors import InputFileError, UsageError
 from submission.manifest import write_json, write_whole
 from submission.tasks import Task, builtin_names, load_task
 from tools.command import exit_code_of
 from tools.tensor_files import LabelledImages, read_submission
 
-# Images looked at together: 12 MB of float32 at 32 px.
-CHUNK = 1024
+# Pixels of images looked at together: 12 MB of float32.
+PIXELS_A_CHUNK = 1 << 20
 # How far a number may lie from where it should be: half precision's rounding at the ends of the range.
 TOLERANCE = 0.01
 
@@ -48,13 +49,17 @@ class Survey:
     repeated: list[int]  # positions of images that an earlier image equals
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="./run.sh audit",
         description="Checks a training set's file without training on it, and draws one image of each class.",
-        epilog="exit codes: 0 nothing wrong, or warnings alone; 2 usage; 5 output cannot be written; 6 a bad file",
+        epilog="examples:\n  ./run.sh audit outputs/cifar100.pt\n"
+        "  ./run.sh audit outputs/my-classes.pt --task my-classes.toml\n\n"
+        "exit codes: 0 nothing wrong, or warnings alone; 2 usage; 5 output cannot be written; 6 a bad file",
     )
-    parser.add_argument("file", type=Path, metavar="FILE.pt")
+    parser.add_argument(
+        "file", type=Path, metavar="FILE.pt", help="what the job has made, or anyone: a tensor of torch.save"
+    )
     parser.add_argument(
         "--task",
         metavar="TASK",
@@ -85,7 +90,10 @@ def inspect(data: LabelledImages, task: Task) -> list[Finding]:
 
 def _report(options: argparse.Namespace) -> int:
     """Print and write what was found; returns the exit code. Raises UsageError, InputFileError, OutputError."""
-    task = load_task(options.task or options.file.stem)
+    try:
+        task = load_task(options.task or options.file.stem)
+    except UsageError as error:
+        raise error if options.task else UsageError(f"--task is missing: {error}") from error
     facts: dict[str, object] = {"file": str(options.file), "task": task.name}
     try:
         data = read_submission(options.file, task)
@@ -129,8 +137,9 @@ def _survey(images: torch.Tensor) -> Survey:
 
 def _chunks(images: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Position and content, contiguous float32, of some images at a time."""
-    for start in range(0, len(images), CHUNK):
-        yield start, images[start : start + CHUNK].float().contiguous()
+    step = max(1, PIXELS_A_CHUNK // images[0, 0].numel())
+    for start in range(0, len(images), step):
+        yield start, images[start : start + step].float().contiguous()
 
 
 def _normalisation(survey: Survey, task: Task) -> Iterator[Finding]:
@@ -182,10 +191,11 @@ def _numbers(values: Sequence[float]) -> str:
 
 def _draw(data: LabelledImages, task: Task) -> bytes:
     """A contact sheet of the first image of each class."""
-    firsts = data.images[:: len(data.labels) // len(task.classes)].float()
+    classes = task.classes[:MOST_CLASSES]
+    firsts = data.images[:: len(data.labels) // len(task.classes)][: len(classes)].float()
     mean, std = mean_and_std(task)
     pixels = ((firsts * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-    return draw_contact_sheet(pixels.numpy(), [one.name for one in task.classes])
+    return draw_contact_sheet(pixels.numpy(), [one.name for one in classes])
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from submission.errors import BankoError
+from submission.errors import BankoError, InputFileError
 
 
 def exit_code_of(work: Callable[[], int | None], *, debug: bool = False) -> int:
@@ -20,6 +20,11 @@ def exit_code_of(work: Callable[[], int | None], *, debug: bool = False) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # of a file or folder that was handed to the tool: what it writes has errors of its own
+        if debug:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return InputFileError.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT

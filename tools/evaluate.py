@@ -18,13 +18,14 @@ from pathlib import Path
 
 import torch
 
-from submission.cli import number_from
+from submission.cli import Parser, number_from
 from submission.errors import InputFileError, OutputError, UsageError
 from submission.manifest import write_json, write_whole
+from submission.needs import memory_free
 from submission.tasks import Task, builtin_names, load_task
 from tools.audit import inspect
 from tools.command import exit_code_of
-from tools.convnet import ConvNet
+from tools.convnet import WIDTH, ConvNet
 from tools.fast import Arithmetic, make_forward, probe
 from tools.reference_data import find_reference_data
 from tools.report import read_manifest, write_report
@@ -32,18 +33,27 @@ from tools.results import Job, Run, Score, draw_curves, figures, overall, summar
 from tools.tensor_files import read_submission
 from tools.training import Measure, Schedule, assess, keep_freed_memory, train
 
+# Feature maps of the first layers' size that training holds at the same time: 4.5 to 6 were measured.
+FEATURE_MAPS = 5
 # Seconds between lines of progress.
 LINE_SECONDS = 10.0
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="./run.sh evaluate",
         description="Scores NAME.pt as the organisers do: trains a ConvNet on it and tests that on real images.",
-        epilog="exit codes: 0 evaluated; 2 usage; 5 output cannot be written; 6 a file was refused",
+        epilog="examples:\n  ./run.sh evaluate --submit_dir outputs --truth_dir reference_data\n"
+        "  ./run.sh evaluate --submit_dir outputs --protocol fast --max-steps 1200 --runs 1\n"
+        "  ./run.sh evaluate --submit_dir outputs --tasks my-classes.toml --truth_dir my-test-images\n\n"
+        "exit codes: 0 evaluated; 2 usage; 5 output cannot be written; 6 a file was refused",
     )
     parser.add_argument(
-        "--submit_dir", type=Path, required=True, metavar="DIR", help="holds cifar100.pt, tinyimagenet.pt"
+        "--submit_dir",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="holds cifar100.pt, tinyimagenet.pt, or the file of a task of your own",
     )
     parser.add_argument(
         "--truth_dir",
@@ -51,7 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
         default=Path("reference_data"),
         metavar="DIR",
         help="holds cifar100_test.pt, tinyimagenet_test.pt, or torchvision's cifar-100-python/, or the unpacked "
-        "tiny-imagenet-200/ (default: ./reference_data/)",
+        "tiny-imagenet-200/, or a folder a class with images of any size, in NAME/ or beside each other (default: "
+        "./reference_data/)",
     )
     parser.add_argument(
         "--output_dir",
@@ -87,7 +98,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="end a run after S SGD steps, with the optimiser restarted at half of them (default: no such end)",
     )
-    parser.add_argument("--runs", type=number_from(1), default=3, metavar="N", help="networks a task (default: 3)")
+    parser.add_argument(
+        "--runs", type=number_from(1), default=3, metavar="N", help="networks trained a task (default: 3)"
+    )
     parser.add_argument(
         "--seed",
         type=number_from(0),
@@ -95,7 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="seeds torch once, before the first run (default: 0)",
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any (default: auto)"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -111,6 +126,8 @@ def evaluate(options: argparse.Namespace) -> None:
     device = choose_device(options.device)
     schedule = Schedule(options.epochs, options.max_steps)
     jobs = [open_job(task, options) for task in choose_tasks(options.tasks, options.submit_dir)]
+    for job in jobs:
+        check_memory(job, schedule, device)
     make_writable(options.output_dir)
     keep_freed_memory()
     arithmetic = prepare(jobs[0], schedule, device) if options.protocol == "fast" else None
@@ -143,7 +160,8 @@ def choose_tasks(wanted: Sequence[str] | None, submit_dir: Path) -> list[Task]:
     # A link that leads nowhere is a file that was meant to be there: let reading it say so.
     present = [task for task in tasks if (path := submit_dir / f"{task.name}.pt").is_symlink() or path.exists()]
     if not present:
-        raise InputFileError(f"{submit_dir} holds none of {', '.join(f'{task.name}.pt' for task in tasks)}")
+        files = ", ".join(f"{task.name}.pt" for task in tasks)
+        raise InputFileError(f"{submit_dir} holds none of {files}; for a task of your own, say --tasks FILE.toml")
     if len(present) < len(tasks):
         missing = ", ".join(f"{task.name}.pt" for task in tasks if task not in present)
         evaluated = ", ".join(task.name for task in present)
@@ -170,6 +188,17 @@ def make_writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise OutputError(f"cannot write into {folder} ({error.strerror})") from error
+
+
+def check_memory(job: Job, schedule: Schedule, device: torch.device) -> None:
+    """Refuse, before memory is taken, images too large to train on in batches as they are. Raises InputFileError."""
+    need = FEATURE_MAPS * 4 * WIDTH * job.task.size**2 * batch_size(job, schedule)
+    free = memory_free() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if need > free:
+        raise InputFileError(
+            f"{job.task.name}: training on batches of {batch_size(job, schedule)} images of {job.task.size} px takes "
+            f"about {need / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free: score smaller images, or elsewhere"
+        )
 
 
 def prepare(job: Job, schedule: Schedule, device: torch.device) -> Arithmetic:

@@ -6,7 +6,6 @@
 noise. `small` is the same wiring, narrow. Components are made and written one at a time.
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -21,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from submission.checkpoint import WEIGHTS
-from submission.cli import number_from
+from submission.cli import Parser, number_from
 from submission.errors import OutputError, UsageError
 from submission.tasks import PromptStyle, builtin_names, load_task
 from tools.command import exit_code_of
@@ -54,11 +53,13 @@ EMBEDDING_STD = 0.02
 BYTES_A_WEIGHT = 2  # fp16
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="./run.sh make-checkpoint",
         description="Writes a checkpoint of SDXL-Turbo's layout with random fp16 weights.",
-        epilog="exit codes: 0 written; 2 usage; 5 it cannot be written",
+        epilog="example:\n  ./run.sh make-checkpoint models/random --size small\n"
+        "  ./run.sh cifar100 --model models/random --resolution 64\n\n"
+        "exit codes: 0 written; 2 usage; 5 it cannot be written",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
     parser.add_argument(

@@ -13,6 +13,7 @@ from torchvision.datasets import CIFAR100
 from submission.dataset_file import mean_and_std
 from submission.errors import InputFileError
 from submission.tasks import Task
+from tools.image_folder import read_class_folders
 from tools.tensor_files import LabelledImages, read_truth
 
 TINY_IMAGENET = "tiny-imagenet-200"
@@ -23,19 +24,26 @@ def find_reference_data(folder: Path, task: Task) -> LabelledImages:
 
     - `NAME_test.pt`, the organisers' form, used as it is;
     - for `cifar100`, torchvision's download (`cifar-100-python/`, checked by MD5), its test part;
-    - for `tinyimagenet`, the unpacked archive (`tiny-imagenet-200/`), its validation part: the test part has no labels.
+    - for `tinyimagenet`, the unpacked archive (`tiny-imagenet-200/`), its validation part: the test part has no labels;
+    - a folder a class with images of any size, in `NAME/` or in the folder itself.
 
     Raises InputFileError where there is none of them, or what there is cannot be read.
     """
     file = folder / f"{task.name}_test.pt"
     if file.is_symlink() or file.exists():
         return read_truth(file, task)
-    others = {"cifar100": CIFAR100.base_folder, "tinyimagenet": TINY_IMAGENET}
-    if task.name not in others:
-        raise InputFileError(f"{file}: no such file")
-    if not (folder / others[task.name]).is_dir():
-        raise InputFileError(f"{file}: no such file, nor is there a folder {others[task.name]} beside it")
-    return _cifar100(folder, task) if task.name == "cifar100" else _tiny_imagenet(folder / TINY_IMAGENET, task)
+    if task.name == "cifar100" and (folder / CIFAR100.base_folder).is_dir():
+        return _cifar100(folder, task)
+    if task.name == "tinyimagenet" and (folder / TINY_IMAGENET).is_dir():
+        return _tiny_imagenet(folder / TINY_IMAGENET, task)
+    found = read_class_folders(folder / task.name, task) or read_class_folders(folder, task)
+    if found is None:
+        published = {"cifar100": CIFAR100.base_folder, "tinyimagenet": TINY_IMAGENET}.get(task.name)
+        raise InputFileError(
+            f"{file}: no such file, nor is there a folder {f'{published}, or one ' if published else ''}a class, such "
+            f"as {folder / task.name / task.classes[0].name}"
+        )
+    return found
 
 
 def _cifar100(folder: Path, task: Task) -> LabelledImages:

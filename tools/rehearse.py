@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from submission.budget import parse_seconds
+from submission.cli import Parser
 from submission.errors import InputFileError
 from submission.tasks import Task, load_task
 from tools.audit import audit
@@ -40,16 +41,24 @@ class Rehearsal:
     manifest: dict[str, Any]
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="./run.sh rehearse",
         description="Runs the job in a process group of its own under a hard limit, kills it at the limit, audits what "
         "is on disk, and says pass or fail with the margin left. All other options go to the job.",
-        epilog="exit codes: 0 pass; 2 usage; 6 fail",
+        epilog="example:\n  ./run.sh rehearse cifar100 --limit 10m --max-ipc 10000\n\n"
+        "exit codes: 0 pass; 2 usage; 6 fail",
     )
-    parser.add_argument("task", metavar="TASK")
-    parser.add_argument("--limit", default="600", metavar="TIME", help="600, 90s or 10m (default: 600)")
-    parser.add_argument("--output", type=Path, default=Path("outputs"), metavar="DIR", help="default: outputs/")
+    parser.add_argument("task", metavar="TASK", help="the job's: a built-in one, or the path of a task's .toml")
+    parser.add_argument(
+        "--limit",
+        default="600",
+        metavar="TIME",
+        help="when the job is killed, and its --budget, in seconds or minutes: 600, 90s or 10m (default: 600)",
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs"), metavar="DIR", help="gets the job's files (default: outputs/)"
+    )
     return parser
 
 
@@ -60,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace, passed_on: Sequence[str]) -> int:
-    limit, task = parse_seconds(options.limit), load_task(options.task)
+    limit, task = parse_seconds(options.limit, "--limit"), load_task(options.task)
     result = rehearse(options.task, task, limit, options.output, passed_on)
     # A file that is whole may still hold less than was made: the job's own warnings say so.
     for warning in result.manifest.get("warnings", []):

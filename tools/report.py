@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from submission.cli import Parser
 from submission.errors import InputFileError
 from submission.manifest import write_whole
 from submission.report import render
@@ -22,19 +23,23 @@ from tools.command import exit_code_of
 from tools.tensor_files import read_submission
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="./run.sh report",
         description="Makes the page about a run, NAME.html, from its manifest and the NAME.pt beside it.",
-        epilog="exit codes: 0 made; 2 usage; 5 output cannot be written; 6 a file was refused",
+        epilog="examples:\n  ./run.sh report outputs/cifar100.json\n"
+        "  ./run.sh report outputs/my-classes.json --task my-classes.toml\n\n"
+        "exit codes: 0 made; 2 usage; 5 output cannot be written; 6 a file was refused",
     )
-    parser.add_argument("manifest", type=Path, metavar="NAME.json")
+    parser.add_argument("manifest", type=Path, metavar="NAME.json", help="what the job left beside NAME.pt")
     parser.add_argument(
         "--task",
         metavar="TASK",
         help=f"{', '.join(builtin_names())}, or a task's .toml (default: the one that the manifest names)",
     )
-    parser.add_argument("--results", type=Path, metavar="PATH", help="results.json of evaluate, to be shown as well")
+    parser.add_argument(
+        "--results", type=Path, metavar="PATH", help="results.json of evaluate, to be shown as well (default: none)"
+    )
     parser.add_argument("--page", type=Path, metavar="PATH", help="the page (default: NAME.html, beside the manifest)")
     return parser
 

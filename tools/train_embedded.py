@@ -11,7 +11,6 @@ what real ones of the class do.
 `OUTPUT/*.png` sample sheets. The same command, seed and thread count repeat the same losses, killed and resumed or not.
 """
 
-import argparse
 import json
 import logging
 import sys
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from submission.cli import Parser
 from submission.errors import InputFileError, UsageError
 from submission.tasks import Task, load_task
 from tools.command import exit_code_of
@@ -61,11 +61,12 @@ def main(argv: list[str] | None = None) -> int:
     return exit_code_of(lambda: train(parse(argv)))
 
 
-def parse(argv: list[str] | None) -> Options:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="./run.sh train-embedded",
-        description="Trains the embedded checkpoint on real images.",
-        epilog="example: ./run.sh train-embedded --data DATA --output outputs/embedded; about two hours on two cores",
+        description="Trains the embedded checkpoint on real images: hours on two cores, to be stopped and resumed.",
+        epilog="example:\n  ./run.sh train-embedded --data DATA --output outputs/embedded --resume\n\n"
+        "exit codes: 0 trained; 2 usage; 5 output cannot be written; 6 the images were refused",
     )
     parser.add_argument(
         "--data", type=Path, required=True, metavar="DIR", help="real images: cifar100/train, tinyimagenet/*.zip"
@@ -73,7 +74,7 @@ def parse(argv: list[str] | None) -> Options:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="gets checkpoint, log, state and sample sheets"
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="(default: 0)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (default: 0)")
     parser.add_argument(
         "--vae-steps",
         type=int,
@@ -99,7 +100,12 @@ def parse(argv: list[str] | None) -> Options:
         metavar="N",
         help="CPU threads; part of what makes a run repeatable (default: 2)",
     )
-    options = Options(**vars(parser.parse_args(argv)))
+    return parser
+
+
+def parse(argv: list[str] | None) -> Options:
+    """Raises UsageError."""
+    options = Options(**vars(build_parser().parse_args(argv)))
     if min(options.vae_steps, options.steps, options.save_every, options.threads) < 1:
         raise UsageError("--vae-steps, --steps, --save-every and --threads must be at least 1")
     return options

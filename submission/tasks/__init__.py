@@ -44,7 +44,8 @@ def load_task(name_or_path: str) -> Task:
     path = Path(name_or_path)
     if path.suffix == ".toml" or len(path.parts) > 1:
         return parse_task(path)
-    close = difflib.get_close_matches(name_or_path.lower(), names, n=1)
+    files = [file.name for file in Path().glob("*.toml") if file.stem == name_or_path]
+    close = files or difflib.get_close_matches(name_or_path.lower(), names, n=1)
     raise UsageError(
         f"no task is called {name_or_path!r}{did_you_mean(close)}; "
         f"there are {', '.join(names)}, or give the path of a .toml file"

@@ -13,7 +13,7 @@ from typing import Any
 from submission.errors import UsageError
 from submission.tasks.task import Task, TaskClass
 
-_MAX_BYTES = 4 * 2**20  # a thousand classes take about 150 kB: anything this large is another kind of file
+MAX_BYTES = 4 * 2**20  # a thousand classes take about 150 kB: anything this large is another kind of file
 
 # Rules: each looks at one value and returns what it must be, or None where it is that.
 
@@ -28,7 +28,7 @@ def _text(value: object) -> str | None:
     return "must be a string of one line, not empty"
 
 
-def _file_name(value: object) -> str | None:
+def check_file_name(value: object) -> str | None:
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", value):
         return None
     return "must suit as a file name: 1 to 64 letters, digits, '_', '-' or '.', a letter or digit first"
@@ -43,7 +43,7 @@ def _whole_number(low: int, high: int | None = None) -> Callable[[object], str |
     return rule
 
 
-def _size(value: object) -> str | None:
+def check_size(value: object) -> str | None:
     out_of_range = _whole_number(8, 1024)(value)
     is_odd = isinstance(value, int) and value % 2 == 1
     return "must be an even whole number of pixels, 8 to 1024" if out_of_range or is_odd else None
@@ -80,9 +80,9 @@ def _templates(value: object) -> str | None:
 _Rules = Mapping[str, Callable[[object], str | None]]
 
 _TASK_RULES: _Rules = {
-    "name": _file_name,
+    "name": check_file_name,
     "title": _text,
-    "size": _size,
+    "size": check_size,
     "mean": _mean,
     "std": _std,
     "max_ipc": _whole_number(1),
@@ -166,9 +166,14 @@ def parse_task(path: Path) -> Task:
 
 def _task_class(table: Mapping[str, Any]) -> TaskClass:
     label = table.get("label", table["name"].replace("_", " "))
-    article = "an" if label[0] in "aeiouAEIOU" else "a"
-    described = table.get("described", f"a photo of {article} {label}")
+    described = table.get("described", default_prompt(label))
     return TaskClass(table["index"], table["name"], label, described, table.get("kind"), table.get("wnid"))
+
+
+def default_prompt(name: str) -> str:
+    """What the model is asked for where a task's file says no more than a name."""
+    label = name.replace("_", " ")
+    return f"a photo of {'an' if label[0] in 'aeiouAEIOU' else 'a'} {label}"
 
 
 def _three_floats(values: list[float]) -> tuple[float, float, float]:
@@ -180,7 +185,7 @@ def _read(path: Path) -> str:
     try:
         if not path.is_file():  # a pipe or a device would never end
             raise UsageError(f"{path}: there is no such task file")
-        if (size := path.stat().st_size) > _MAX_BYTES:
+        if (size := path.stat().st_size) > MAX_BYTES:
             raise UsageError(f"{path}: {size / 2**20:.1f} MiB is too large for a task file (at most 4 MiB)")
         data = path.read_bytes()
     except OSError as error:

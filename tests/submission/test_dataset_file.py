@@ -5,12 +5,14 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from submission import dataset_file
 from submission.augment import augment
 from submission.dataset_file import Recipe, verify, write_dataset
 from submission.errors import OutputError
@@ -119,3 +121,11 @@ def test_verification_notices_a_flipped_bit(task: Task, tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(OutputError, match="does not read back"):
         verify(path, recipe)
+
+
+def test_a_file_larger_than_the_machine_s_memory_can_be_begun(tmp_path: Path) -> None:
+    """A thousand classes at 224 px are 300 GB at 500 images a class: the disk has to have room for them, no more."""
+    shape = (2 * psutil.virtual_memory().total // (3 * 8 * 8 * 4), 3, 8, 8)
+    records = dataset_file._skeleton(tmp_path / "large.pt", shape, torch.float32)
+    assert [name for name, content in records.items() if content is None] == ["large/data/0"]
+    assert (tmp_path / "large.pt").stat().st_blocks * 512 < 1 << 20

@@ -61,13 +61,3 @@ def test_full_size_is_sdxl_turbo_s() -> None:
         network = make_checkpoint.on_paper(component, facts[f"{component}/config.json"])
         size = make_checkpoint.BYTES_A_WEIGHT * sum(p.numel() for p in network.state_dict().values())
         assert 0 < fact["bytes"] - size < 1e6, file_name  # what is left over is the file's header
-
-
-def test_what_is_there_is_left_alone(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert make_checkpoint.main([str(small)]) == 2
-    (tmp_path / "file").touch()
-    assert make_checkpoint.main([str(tmp_path / "file")]) == 2
-    assert make_checkpoint.main([str(tmp_path / "file" / "inside"), "--size", "small"]) == 5
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 3
-    assert all(line.startswith("error: ") for line in lines)

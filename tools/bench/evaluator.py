@@ -27,9 +27,11 @@ CLASSES = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--size", type=number_from(16), default=32, metavar="PX", help="of the images (default: 32)")
-    parser.add_argument("--steps", type=number_from(1), default=6, help="SGD steps a turn (default: 6)")
-    parser.add_argument("--turns", type=number_from(1), default=7, help="turns a side (default: 7)")
+    parser.add_argument(
+        "--size", type=number_from(16), default=32, metavar="PX", help="of the images, pixels (default: 32)"
+    )
+    parser.add_argument("--steps", type=number_from(1), default=6, metavar="N", help="SGD steps a turn (default: 6)")
+    parser.add_argument("--turns", type=number_from(1), default=7, metavar="N", help="turns a side (default: 7)")
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:

@@ -23,8 +23,10 @@ RUN = Path(__file__).resolve().parents[2] / "run.sh"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=number_from(1), default=60, metavar="S", help="a run's budget (default: 60)")
-    parser.add_argument("--turns", type=number_from(1), default=3, help="runs a side (default: 3)")
+    parser.add_argument(
+        "--seconds", type=number_from(1), default=60, metavar="S", help="a run's budget, seconds (default: 60)"
+    )
+    parser.add_argument("--turns", type=number_from(1), default=3, metavar="N", help="runs a side (default: 3)")
     parser.add_argument("--processes", type=number_from(2), default=2, metavar="N", help="against one (default: 2)")
 
 

@@ -245,9 +245,13 @@ POLICIES: dict[str, Callable[[Trace], Outcome]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--traces", type=number_from(len(KINDS)), default=2000, metavar="N", help="default: 2000")
+    parser.add_argument(
+        "--traces", type=number_from(len(KINDS)), default=2000, metavar="N", help="made-up machines (default: 2000)"
+    )
     parser.add_argument("--seed", type=number_from(0), default=0, metavar="N", help="of the first trace (default: 0)")
-    parser.add_argument("--processes", type=number_from(1), default=2, metavar="N", help="default: 2")
+    parser.add_argument(
+        "--processes", type=number_from(1), default=2, metavar="N", help="that share the work (default: 2)"
+    )
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from submission.device import choose_device
 from submission.generator import Generator, choose_generator_decoder, load_generator
 from submission.progress import Log
 from submission.tasks import load_task
+from submission.working_memory import forget_peak, peak_memory
 
 PROJECT = Path(__file__).resolve().parents[2]
 COPIES = 4  # of an image, as published
@@ -53,11 +54,23 @@ class Side:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", default="cifar100", help="whose prompts (default: cifar100)")
-    parser.add_argument("--model", default="embedded", help="as for the job (default: embedded)")
-    parser.add_argument("--resolution", type=number_from(1), metavar="PX", help="default: the checkpoint's own")
-    parser.add_argument("--batch-size", type=batch_size, metavar="N", help="auto or a number (default: auto)")
+    parser.add_argument("--model", default="embedded", help="a checkpoint, named as for the job (default: embedded)")
+    parser.add_argument(
+        "--resolution",
+        type=number_from(1),
+        metavar="PX",
+        help="width of the canvas, in pixels (default: the checkpoint's own)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=batch_size,
+        metavar="N",
+        help="images made at a time, or auto: what measures best (default: auto)",
+    )
     parser.add_argument("--turns", type=number_from(1), default=5, metavar="N", help="turns a side (default: 5)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)"
+    )
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
@@ -260,14 +273,3 @@ def fastest(work: Callable[[], object], device: torch.device) -> float:
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def forget_peak() -> None:
-    """Have Linux count the process's peak memory anew (proc(5), clear_refs)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> int:
-    """Bytes, the most that were resident since `forget_peak`."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))

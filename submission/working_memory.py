@@ -1,0 +1,46 @@
+"""What batches take of this process's memory, so that they do not outgrow what was said beforehand."""
+
+import resource
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+# Bytes for what goes on beside the model and is done with again: a batch, or the encoding of prompts.
+WORKING = 1500 << 20
+
+
+@dataclass(frozen=True)
+class WorkingMemory:
+    """Bytes of memory at the end of loading: the most that it took, and what of that was left."""
+
+    loading: int
+    before: int
+
+    @classmethod
+    def watch(cls) -> Self:
+        loading = peak_memory()
+        forget_peak()
+        return cls(loading, psutil.Process().memory_info().rss)
+
+    @property
+    def peak(self) -> int:
+        """The most that the process has taken."""
+        return max(self.loading, peak_memory())
+
+    def allows_more(self) -> bool:
+        """Whether twice of what batches have taken so far would still be within `WORKING`."""
+        return 2 * (peak_memory() - self.before) <= WORKING
+
+
+def forget_peak() -> None:
+    """Have the kernel count the peak anew (proc(5), clear_refs). Where it does not, the peak so far stays."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Bytes, the most that were resident at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,268 @@
+"""Every way to go wrong, through the command line: the exit code, and the one line that is said.
+
+A row is read as the person would who sees that line for the first time: what is wrong, and what is to be done?
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from submission import cli
+from tests import forked
+from tests.conftest import TINY_TASK
+from tools import audit, evaluate, init, make_checkpoint, rehearse
+from tools.bench import __main__ as bench
+
+RUN = Path(__file__).resolve().parents[1] / "run.sh"
+TOOLS: dict[str, forked.Main] = {
+    "audit": audit.main,
+    "bench": bench.main,
+    "evaluate": evaluate.main,
+    "init": init.main,
+    "make-checkpoint": make_checkpoint.main,
+    "rehearse": rehearse.main,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A command line after `./run.sh`, run in the folder made below; what it must return and say."""
+
+    line: str
+    code: int
+    words: str
+    fault: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def make_folder(folder: Path, checkpoint: Path) -> None:
+    """What the rows name."""
+    (folder / "checkpoint").symlink_to(checkpoint)
+    (folder / "tiny.toml").write_text(TINY_TASK)
+    (folder / "broken.toml").write_text(TINY_TASK.replace("size = 16", "size = 15"))
+    (folder / "large.toml").write_text(TINY_TASK.replace("size = 16", "size = 1024").replace('"tiny"', '"large"'))
+    shutil.copytree(checkpoint, folder / "cut")
+    (folder / "cut/text_encoder/model.fp16.safetensors").chmod(0)
+    weights = folder / "cut/unet/diffusion_pytorch_model.fp16.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    shutil.copytree(checkpoint, folder / "lost")
+    (folder / "lost/vae/config.json").unlink()
+    (folder / "file").write_text("in the way")
+    (folder / "taken/tiny.pt").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    lists = {"twice": "cat\ndog\ncat\n", "one": "cat\n", "odd": "cat\nd\to\tg\n", "good": "cat\ndog\n"}
+    for name, text in lists.items():
+        (folder / f"{name}.txt").write_text(text)
+    (folder / "latin.txt").write_bytes("cat\ncaf\xe9\n".encode("latin-1"))
+    for name in ("secret.toml", "secret.txt"):
+        (folder / name).write_text(TINY_TASK)
+        (folder / name).chmod(0)
+    (folder / "locked").mkdir(mode=0o700)
+    (folder / "submit").mkdir()
+    torch.save(torch.rand(6, 3, 16, 16), folder / "submit/tiny.pt")
+    torch.save([1, 2, 3], folder / "submit/cifar100.pt")
+    torch.save({"images_val": torch.rand(3, 3, 16, 16), "labels_val": torch.arange(3)}, folder / "tiny_test.pt")
+    for name in ("apple", "pears", "plum"):
+        (folder / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (20, 30), "red").save(folder / "photos" / name / "1.png")
+
+
+USAGE = [
+    Row("", 2, "the following arguments are required: TASK; ./run.sh --help says more"),
+    Row("cifar10", 2, "no task is called 'cifar10' (did you mean 'cifar100'?)"),
+    Row("tiny", 2, "did you mean 'tiny.toml'?"),
+    Row("mnist", 2, "there are cifar100, tinyimagenet, or give the path of a .toml file"),
+    Row("cifar100 --budget 10h", 2, "--budget '10h' is not a duration: write seconds or minutes, as in 600, 90s"),
+    Row("cifar100 --budget ten", 2, "--budget 'ten' is not a duration"),
+    Row("cifar100 --budget -1", 2, "--budget '-1' is not a duration"),
+    Row("cifar100 --budget", 2, "argument --budget: expected one argument"),
+    Row("cifar100 --seeds 3", 2, "unrecognized arguments: --seeds 3"),
+    Row("cifar100 --seed -1", 2, "argument --seed: '-1' is not a whole number, 0 or more"),
+    Row("cifar100 --max-ipc 0", 2, "'0' is not a whole number, 1 or more"),
+    Row("cifar100 --batch-size x", 2, "argument --batch-size: 'x' is not a whole number, 1 or more"),
+    pytest.param(
+        Row("cifar100 --device cuda", 2, "sees no CUDA device here; use --device cpu, or check the driver"),
+        marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here"),
+    ),
+    Row("cifar100 --device tpu", 2, "invalid choice: 'tpu' (choose from"),
+    Row("cifar100 --started-at noon", 2, "'noon' is not a moment in Unix seconds"),
+    Row("cifar100", 2, "--started-at: 'noon' is not a moment", environment={"BANKO_STARTED_AT": "noon"}),
+    Row("cifar100", 2, "WORLD_SIZE=two in the environment", environment={"WORLD_SIZE": "two"}),
+    Row("nowhere.toml", 2, "nowhere.toml: there is no such task file"),
+    Row("broken.toml", 2, "broken.toml:4: size must be an even whole number of pixels, 8 to 1024"),
+    Row(f"{'x' * 300}.toml", 2, "File name too long"),
+    Row("tiny.toml --model checkpoint --prompts diverse", 2, "add a [phrasings] table such as"),
+    Row("tiny.toml --model checkpoint --resolution 18", 2, "this checkpoint needs a multiple of 4"),
+    Row("tiny.toml --model checkpoint --resolution 4194304", 2, "no memory for the model and its first images"),
+    Row("tiny.toml --model checkpoint --decoder pooled", 2, "--decoder pooled: latents of 8 px are not finer"),
+]
+JOB = [
+    Row("tiny.toml --model checkpoint --started-at 1000", 3, "is over before the model is loaded: give a longer one"),
+    Row("tiny.toml --model checkpoint", 3, "stopped before the first round was done", "interrupted"),
+    Row("tiny.toml --model nowhere", 4, "--model nowhere: there is no folder nowhere"),
+    Row("tiny.toml --model file", 4, "--model file: there is no folder file"),
+    Row("tiny.toml --model nobody/nothing", 4, "neither a folder here nor to be had from the hub", "offline"),
+    Row(f"tiny.toml --model {'x' * 300}", 4, "cannot be looked into (File name too long)"),
+    Row("tiny.toml", 4, "BANKO_MODEL=/no/where: there is no folder", environment={"BANKO_MODEL": "/no/where"}),
+    Row("tiny.toml", 4, "no SDXL-Turbo weights: ", "gpu_without_weights"),
+    Row("tiny.toml", 4, "or ask for the stand-in with --model embedded", "gpu_without_weights"),
+    Row("tiny.toml --model cut", 4, "cut/unet/diffusion_pytorch_model.fp16.safetensors is damaged or truncated"),
+    Row("tiny.toml --model lost", 4, "lost/vae/config.json is missing"),
+    Row("tiny.toml --model checkpoint --output file", 5, "cannot write to file (File exists): choose another --output"),
+    Row("tiny.toml --model checkpoint --output file/out", 5, "cannot write to file/out (Not a directory)"),
+    Row("tiny.toml --model checkpoint --output taken", 5, "taken/tiny.pt is a folder: rename it, or choose another"),
+]
+TOOLS_REFUSE = [
+    Row("audit", 2, "the following arguments are required: FILE.pt; ./run.sh audit --help says more"),
+    Row("audit submit/tiny.pt", 2, "--task is missing: no task is called 'tiny' (did you mean 'tiny.toml'?)"),
+    Row("audit nowhere.pt --task tiny.toml", 6, "nowhere.pt: no such file"),
+    Row("audit submit --task tiny.toml", 6, "submit: not a file"),
+    Row("audit file --task tiny.toml", 6, "file: not a whole file of torch.save"),
+    Row("audit submit/cifar100.pt", 6, "cifar100.pt: the file holds a list, not one tensor"),
+    Row("audit submit/tiny.pt --task tiny.toml --sheet no/sheet.png", 5, "cannot write no/sheet.png (No such file"),
+    Row("evaluate", 2, "the following arguments are required: --submit_dir"),
+    Row("evaluate --submit_dir submit --runs 0", 2, "'0' is not a whole number, 1 or more"),
+    Row("evaluate --submit_dir submit --seed 99999999999999999999", 2, "is not a whole number"),
+    Row("evaluate --submit_dir submit --tasks cifar10", 2, "did you mean 'cifar100'?"),
+    Row("evaluate --submit_dir submit --tasks tiny.toml tiny.toml", 2, "--tasks names a task twice"),
+    Row("evaluate --submit_dir empty", 6, "holds none of cifar100.pt, tinyimagenet.pt; for a task of your own, say"),
+    Row("evaluate --submit_dir empty --tasks tiny.toml", 6, "empty/tiny.pt: no such file"),
+    Row("evaluate --submit_dir submit --truth_dir empty --tasks tiny.toml", 6, "nor is there a folder a class, such"),
+    Row("evaluate --submit_dir submit --truth_dir photos --tasks tiny.toml", 6, "(did you mean 'pears'?)"),
+    Row("evaluate --submit_dir submit --truth_dir . --tasks tiny.toml --output_dir file", 5, "cannot write into file"),
+    Row("rehearse tiny.toml --limit 1d", 2, "--limit '1d' is not a duration"),
+    Row("rehearse cifar10", 2, "did you mean 'cifar100'?"),
+    Row("bench", 2, "the following arguments are required: NAME; ./run.sh bench --help says more"),
+    Row("bench speed", 2, "invalid choice: 'speed' (choose from"),
+    Row("bench scheduler --json no/figures.json", 5, "there is no folder no"),
+    Row("make-checkpoint empty/../submit", 2, "is there already: name a new folder"),
+    Row("make-checkpoint file/inside --size small", 5, "cannot write file/inside (Not a directory)"),
+    Row("init", 2, "the following arguments are required: TASK.toml, --classes"),
+    Row("init pets --classes good.txt", 2, "pets: a task's file ends in .toml: name it pets.toml"),
+    Row("init 'my pets.toml' --classes good.txt", 2, "'my pets', becomes the task's name, and that must suit"),
+    Row("init cifar100.toml --classes good.txt", 2, "cifar100 is the name of a task that comes along"),
+    Row("init tiny.toml --classes good.txt", 2, "tiny.toml is there already: remove it, or name another"),
+    Row("init pets.toml --classes good.txt --size 63", 2, "--size 63: must be an even whole number of pixels"),
+    Row("init no/pets.toml --classes good.txt", 5, "cannot write no/pets.toml (No such file or directory)"),
+    Row("init pets.toml --classes nowhere.txt", 6, "nowhere.txt: there is no such file"),
+    Row("init pets.toml --classes empty", 6, "empty: not a file"),
+    Row("init pets.toml --classes twice.txt", 6, "twice.txt:3: 'cat' asks for the same as line 1"),
+    Row("init pets.toml --classes one.txt", 6, "one.txt: 1 class names, and a task has two or more"),
+    Row("init pets.toml --classes odd.txt", 6, "odd.txt:2: a class name cannot hold U+0009"),
+    Row("init pets.toml --classes latin.txt", 6, "latin.txt:2: not UTF-8 text (byte 0xe9); save the file as UTF-8"),
+    Row("init pets.toml --classes good.txt --images empty", 6, "empty: no images there"),
+    Row("init pets.toml --classes good.txt --images submit", 6, "no image that can be read"),
+    Row("init pets.toml --classes good.txt --images photos", 6, "are all of one colour"),
+]
+ORDINARY = [
+    Row("secret.toml", 2, "secret.toml: cannot be read: Permission denied"),
+    Row("tiny.toml --model locked/sdxl", 4, "locked/sdxl cannot be looked into (Permission denied)"),
+    Row("tiny.toml --model cut", 4, "model.fp16.safetensors cannot be read (Permission denied)"),
+    Row("tiny.toml --model checkpoint --output locked/out", 5, "cannot write to locked/out (Permission denied)"),
+    Row("init locked/pets.toml --classes good.txt", 5, "(Permission denied): choose a place that you can write to"),
+    Row("init pets.toml --classes secret.txt", 6, "secret.txt: Permission denied"),
+    Row("evaluate --submit_dir submit --truth_dir locked --tasks tiny.toml", 6, "locked/tiny_test.pt: Permission"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(checkpoint_folder: Path) -> Iterator[Path]:
+    """One that anyone may enter; pytest's own are closed to others."""
+    made = Path(tempfile.mkdtemp())
+    made.chmod(0o755)
+    shutil.copytree(checkpoint_folder, made / "sdxl")
+    for path in [made / "sdxl", *(made / "sdxl").rglob("*")]:
+        path.chmod(0o755)
+    make_folder(made, made / "sdxl")
+    forked.warm_up()
+    yield made
+    shutil.rmtree(made)
+    made.with_suffix(".log").unlink(missing_ok=True)
+
+
+def refused(row: Row, folder: Path) -> None:
+    """Runs a row and holds it to what it should return and say, and to leaving nothing behind."""
+    before = files_of(folder)
+    words, log = shlex.split(row.line), folder.with_suffix(".log")
+    main = TOOLS.get(words[0]) if words else None
+    process = forked.start_command(
+        main or cli.main,
+        words[1:] if main else words,
+        log,
+        folder=folder,
+        environment=row.environment,
+        fault=row.fault,
+    )
+    process.join(60)
+    said = log.read_text()
+    assert process.exitcode == row.code, said
+    lines = [line for line in said.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), "one line"
+    assert row.words in lines[0]
+    assert files_of(folder) == before, "nothing is left behind"
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All but hidden ones: a job that the clock ends leaves those to the next."""
+    return sorted(path for path in folder.rglob("[!.]*") if path.is_file() and ".tiny.spool" not in path.parts)
+
+
+@pytest.mark.parametrize("row", [*USAGE, *JOB, *TOOLS_REFUSE], ids=lambda row: f"{row.line} {row.fault}"[:80])
+def test_what_is_wrong_is_said_in_one_line(row: Row, folder: Path) -> None:
+    refused(row, folder)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user whom permissions stop")
+@pytest.mark.parametrize("row", ORDINARY, ids=lambda row: row.line)
+def test_what_is_not_allowed_is_said_in_one_line(row: Row, folder: Path) -> None:
+    refused(replace(row, fault="ordinary_user"), folder)
+
+
+@pytest.fixture
+def disk(folder: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A file system of 64 kB, mounted with the options that the test asks for."""
+    place = folder / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size=64k,{request.param}", "tmpfs", str(place)]
+    mounted = subprocess.run(mount, check=False, capture_output=True, text=True)
+    if mounted.returncode:
+        place.rmdir()
+        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield request.param
+    subprocess.run(["umount", str(place)], check=True)
+    place.rmdir()
+
+
+@pytest.mark.parametrize(
+    ("disk", "words"),
+    [
+        ("rw", "no room in disk/out: one image a class of large takes 84.93 MB there,"),
+        ("ro", "cannot write to disk/out (Read-only file system): choose another --output"),
+    ],
+    indirect=["disk"],
+)
+def test_a_disk_without_room_or_for_reading_alone(disk: str, words: str, folder: Path) -> None:
+    refused(Row("large.toml --model checkpoint --output disk/out", 5, words), folder)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "words"),
+    [("cifar10", 2, "did you mean 'cifar100'?"), ("init pets.toml --classes nowhere.txt", 6, "there is no such file")],
+)
+def test_run_sh_itself_says_it_and_hands_on_the_code(line: str, code: int, words: str, folder: Path) -> None:
+    environment = os.environ | {"BANKO_PYTHON": sys.executable}
+    process = subprocess.run(
+        [RUN, *shlex.split(line)], cwd=folder, env=environment, check=False, capture_output=True, text=True
+    )
+    assert process.returncode == code and words in process.stderr
+    assert len(process.stderr.splitlines()) == 1 and not process.stdout

@@ -1,0 +1,232 @@
+"""Writes a task of your own, to be looked through and edited, from a list of class names.
+
+./run.sh init my-classes.toml --classes names.txt --size 64
+"""
+
+import argparse
+import re
+import sys
+import unicodedata
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from submission.cli import Parser, number_from
+from submission.errors import InputFileError, UsageError, cannot_write
+from submission.tasks import builtin_names
+from submission.tasks.parse import MAX_BYTES, check_file_name, check_size, default_prompt
+from tools.command import exit_code_of
+from tools.image_folder import find_images, mean_and_deviation
+
+# Of ImageNet's training images: photographs of all kinds of things.
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+# Text encoders read some 70 words.
+LONGEST_NAME = 200
+# What can be said of anything. The first is the prompt as it stands.
+PHRASINGS = (
+    "{}",
+    "{}, close-up filling the frame",
+    "{}, small in the frame, wide surroundings",
+    "{}, seen from the side",
+    "{}, seen at an angle from above",
+    "{}, outdoors in clear daylight",
+    "{}, in warm evening light with long shadows",
+    "{}, on a plain background",
+)
+
+TEMPLATE = """\
+# {name}: {count} classes. The index is the label, and the order of the classes in the file that is made.
+# Look through the prompts. What they leave open the model decides: "a photo of a crane" may be a bird or a machine.
+
+name = "{name}"  # of the files: {name}.pt, {name}.json, {name}.png
+size = {size}  # pixels, height = width of the images in the file
+mean = {mean}  # per channel, of pixels in 0..1: (pixel - mean) / std is what the file holds, {source}
+std = {std}
+max_ipc = 500  # the most images a class in the file
+
+# `described` is sent to the model as it stands; `label`, where you add one, is what `--prompts label` sends, instead of
+# the name. `kind` says which of the phrasings below suit the class; `wnid` may name its folder of test images, too.
+classes = [
+{classes}
+]
+
+# What `--prompts diverse` makes of a described prompt, {{}}: one a round, in turn. Kinds of your own may stand beside
+# `thing`, each with as many phrasings.
+[phrasings]
+thing = [
+{phrasings}
+]
+"""
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="./run.sh init",
+        description="Writes a task of your own, to be edited, from a list of class names: prompts, phrasings, size and "
+        "normalisation, with a comment on each. No file is overwritten.",
+        epilog="example:\n  ./run.sh init my-classes.toml --classes names.txt --size 64\n  ./run.sh my-classes.toml\n\n"
+        "exit codes: 0 written; 2 usage; 5 it cannot be written; 6 the names or images were refused",
+    )
+    parser.add_argument("file", type=Path, metavar="TASK.toml", help="a new file; its name becomes the task's")
+    parser.add_argument(
+        "--classes",
+        type=Path,
+        required=True,
+        metavar="NAMES.txt",
+        help="UTF-8 text, a class a line, in the order of their labels; empty lines are passed over",
+    )
+    parser.add_argument(
+        "--size",
+        type=number_from(1),
+        default=64,
+        metavar="PX",
+        help="height and width of the images in pixels, even, 8 to 1024 (default: 64)",
+    )
+    parser.add_argument(
+        "--images",
+        type=Path,
+        metavar="DIR",
+        help="take mean and deviation from the images below this folder (default: those of ImageNet)",
+    )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    return exit_code_of(lambda: init(options))
+
+
+def init(options: argparse.Namespace) -> None:
+    """Read the names and write the task. Raises UsageError, InputFileError, OutputError."""
+    file: Path = options.file
+    check_target(file)
+    if complaint := check_size(options.size):
+        raise UsageError(f"--size {options.size}: {complaint}")
+    names = read_names(options.classes)
+    mean, std, source = IMAGENET_MEAN, IMAGENET_STD, "ImageNet's"
+    if options.images:
+        images = find_images(options.images)
+        if not images:
+            raise InputFileError(f"{options.images}: no images there")
+        mean, std = mean_and_deviation(images, options.size)
+        if min(std) <= 0:
+            raise InputFileError(f"{options.images}: its images are all of one colour, and have no deviation")
+        source = f"those of {len(images):,} images"
+    text = task_text(file.stem, names, options.size, mean, std, source)
+    if len(text.encode()) > MAX_BYTES:
+        raise InputFileError(
+            f"{options.classes}: {len(names):,} names make a task of {len(text.encode()) / 2**20:.1f} MiB, and "
+            f"{MAX_BYTES >> 20} MiB are the most: give fewer or shorter ones"
+        )
+    write_new(file, text)
+    print(f"{file}: {len(names):,} classes at {options.size} px, mean and deviation {source}")
+    print(f"look through its prompts, and then: ./run.sh {file}")
+
+
+def check_target(file: Path) -> None:
+    """Raises UsageError where a task cannot be called like that."""
+    if file.suffix != ".toml":
+        raise UsageError(f"{file}: a task's file ends in .toml: name it {file.name}.toml")
+    if complaint := check_file_name(file.stem):
+        raise UsageError(f"{file}: its name less .toml, {file.stem!r}, becomes the task's name, and that {complaint}")
+    if file.stem in builtin_names():
+        raise UsageError(f"{file}: {file.stem} is the name of a task that comes along: choose another")
+
+
+def read_names(path: Path) -> list[str]:
+    """The class names in a text file, a line each. Raises InputFileError, with the line where it is one's fault."""
+    names: list[str] = []
+    lines: dict[str, int] = {}
+    # Lines as editors count them; str.splitlines knows of many more ends.
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", _text(path)), 1):
+        name = line.strip()
+        if not name:
+            continue
+        if complaint := _complaint(name):
+            raise InputFileError(f"{path}:{number}: {complaint}")
+        prompt = default_prompt(name)
+        if prompt in lines:
+            raise InputFileError(
+                f"{path}:{number}: {name!r} asks for the same as line {lines[prompt]}: write what sets them apart, as "
+                "in 'crane (bird)' and 'crane (machine)'"
+            )
+        lines[prompt] = number
+        names.append(name)
+    if len(names) < 2:
+        raise InputFileError(f"{path}: {len(names)} class names, and a task has two or more: write one a line")
+    return names
+
+
+def task_text(
+    name: str, names: Sequence[str], size: int, mean: Sequence[float], std: Sequence[float], source: str
+) -> str:
+    """The TOML of a task: `load_task` reads these names back. `source` says whose mean and deviation these are."""
+    classes = [
+        f'  {{ index = {index}, name = {_quoted(one)}, kind = "thing", described = {_quoted(default_prompt(one))} }},'
+        for index, one in enumerate(names)
+    ]
+    return TEMPLATE.format(
+        name=name,
+        count=f"{len(names):,}",
+        size=size,
+        mean=list(mean),
+        std=list(std),
+        source=source,
+        classes="\n".join(classes),
+        phrasings="\n".join(f"  {_quoted(phrasing)}," for phrasing in PHRASINGS),
+    )
+
+
+def write_new(file: Path, text: str) -> None:
+    """Writes a file that is not there yet, whole or not at all. Raises UsageError, OutputError."""
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            try:
+                stream.write(text)
+                stream.flush()
+            except OSError:
+                with suppress(OSError):
+                    file.unlink()
+                raise
+    except FileExistsError as error:
+        raise UsageError(f"{file} is there already: remove it, or name another") from error
+    except OSError as error:
+        raise cannot_write(file, error, len(text.encode())) from error
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():  # a pipe or a device would never end
+        raise InputFileError(f"{path}: {'not a file' if path.exists() else 'there is no such file'}")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise InputFileError(f"{path}: {size / 2**20:.1f} MiB is too much for class names")
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")  # some editors put a byte order mark first
+    except UnicodeDecodeError as error:
+        line = len(re.findall(rb"\r\n|\n|\r", data[: error.start])) + 1
+        raise InputFileError(
+            f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); save the file as UTF-8"
+        ) from error
+
+
+def _complaint(name: str) -> str | None:
+    """What keeps a line from being a class name."""
+    if len(name) > LONGEST_NAME:
+        return f"{len(name):,} characters are too many for a class name, at most {LONGEST_NAME}: {name[:30]!r}..."
+    for character in name:
+        if not character.isprintable():
+            called = unicodedata.name(character, "a control character")
+            return f"a class name cannot hold U+{ord(character):04X}, {called}: {name!r}"
+    if not name.strip("_ "):
+        return f"a class name of underscores alone: {name!r}"
+    return None
+
+
+def _quoted(text: str) -> str:
+    """As a TOML string. All of it is printable."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+if __name__ == "__main__":
+    sys.exit(main())
