@@ -22,7 +22,7 @@ from tools.training import Measure, Schedule, train
 SIZE = 32  # pixels of the pictures that critics see
 # SGD steps after which a critic is kept: from one that has not learnt yet to one trained as long as by the evaluation.
 AGES = (0, 100, 300, 750, 1500)
-MEAN_OF = 128  # real images that the mean features of a class are taken over
+MEAN_OF = 64  # real images that the mean features of a class are taken over
 PROGRESS_EVERY = 50  # steps
 
 
