@@ -1,24 +1,52 @@
 # docker build -t banko-submit .
-# docker run --gpus all -v "$PWD/models:/app/models:ro" -v "$PWD/outputs:/outputs" banko-submit cifar100
+# docker run --gpus all -v "$PWD/outputs:/outputs" banko-submit cifar100
+#
+# The last target, `gpu`, is the default and holds SDXL-Turbo; `cpu` is small and generates with the embedded stand-in.
+# The base is any Debian with Python 3.11 or newer and its venv module.
 ARG BASE=python:3.12-slim-bookworm
-FROM ${BASE}
 
-# Dependencies before code: a change of the code rebuilds only the last layer.
+FROM ${BASE} AS base
+# pip's own settings, for a build of torch that is not on the public index, or a build without network.
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_FIND_LINKS
+ARG PIP_NO_INDEX
+# The requirement to install in place of the torch in requirements.txt.
+ARG TORCH
+# Dependencies before code: a change of the code rebuilds only the last layers.
 COPY requirements.txt /app/
-RUN pip install --no-cache-dir -r /app/requirements.txt
-
-# The weights are expected in the image or mounted. The embedded stand-in is never submitted by accident, and nothing
-# is fetched at run time.
-ENV BANKO_PYTHON=python3 \
-    BANKO_MODEL=/app/models/sdxl-turbo \
-    HF_HUB_OFFLINE=1 \
+RUN sed -i "s|^torch==.*|${TORCH:-&}|" /app/requirements.txt \
+    && python3 -m venv /opt/banko \
+    && /opt/banko/bin/pip install --no-cache-dir -r /app/requirements.txt
+RUN useradd --uid 10001 --create-home banko && install -d -o banko -g banko /outputs
+ENV PATH=/opt/banko/bin:$PATH \
+    BANKO_PYTHON=python3 \
     PYTHONUNBUFFERED=1
-
-RUN useradd --create-home --uid 10001 banko && install -d -o banko /outputs
-COPY run.sh /app/
-COPY submission /app/submission
-USER 10001
 # The default --output, outputs/, is /outputs from here.
 WORKDIR /
 ENTRYPOINT ["/app/run.sh"]
 CMD ["--help"]
+
+FROM base AS cpu
+ENV BANKO_MODEL=embedded
+COPY run.sh /app/
+COPY submission /app/submission
+USER 10001:10001
+
+# SDXL-Turbo's files: those in the folder WEIGHTS of the build context; what is missing there comes from the hub. All
+# weights are held to their published SHA-256. The default are the configurations alone.
+FROM base AS weights
+ARG WEIGHTS=tools/sdxl_turbo
+COPY ${WEIGHTS} /weights
+WORKDIR /fetch
+COPY tools/__init__.py tools/command.py tools/fetch_weights.py tools/
+COPY submission/__init__.py submission/checkpoint.py submission/errors.py submission/
+RUN python3 -m tools.fetch_weights /weights && chmod -R a+rX /weights
+
+FROM base AS gpu
+# The stand-in is never submitted by accident, and nothing is fetched at run time.
+ENV BANKO_MODEL=/app/models/sdxl-turbo \
+    HF_HUB_OFFLINE=1
+COPY --from=weights /weights /app/models/sdxl-turbo
+COPY run.sh /app/
+COPY submission /app/submission
+USER 10001:10001

@@ -4,7 +4,7 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 # What runs outside the budget: modules of tools/, with _ for -.
-tools='^(init|evaluate|audit|report|rehearse|bench|make-checkpoint|train-embedded)$'
+tools='^(init|evaluate|audit|report|rehearse|bench|make-checkpoint|fetch-weights|train-embedded)$'
 
 # Installs a requirements file into .venv, once for each content of it.
 install() {

@@ -23,6 +23,14 @@ from submission.errors import CheckpointError
 
 EMBEDDED = Path(__file__).parent / "pretrained"
 SDXL_TURBO = "stabilityai/sdxl-turbo"
+SDXL_TURBO_REVISION = "71153311d3dbb46851df1931d3ca6e939de83304"
+# SHA-256 of its weights, as the hub publishes them.
+SDXL_TURBO_SHA256 = {
+    "text_encoder/model.fp16.safetensors": "660c6f5b1abae9dc498ac2d21e1347d2abdb0cf6c0c0c8576cd796491d9a6cdd",
+    "text_encoder_2/model.fp16.safetensors": "ec310df2af79c318e24d20511b601a591ca8cd4f1fce1d8dff822a356bcdb1f4",
+    "unet/diffusion_pytorch_model.fp16.safetensors": "48fa46161a745f48d4054df3fe13804ee255486bca893403b60373c188fd1bdb",
+    "vae/diffusion_pytorch_model.fp16.safetensors": "02ee4bd18e5d16e7fe5fc5b85b4aefa2cba6db28897f674226c9d6ddd2f34f06",
+}
 WEIGHTS = {
     "text_encoder": "model",
     "text_encoder_2": "model",
@@ -40,6 +48,12 @@ CONFIGS = (
     "unet/config.json",
     "vae/config.json",
 )
+# What is fetched of a hub repository.
+HUB_FILES = [
+    "*.json",
+    *(f"{part}/*" for part in ("scheduler", "tokenizer", "tokenizer_2")),
+    *(f"{part}/*.{kind}" for part in WEIGHTS for kind in ("json", "fp16.safetensors")),
+]
 
 
 @dataclass(frozen=True)
@@ -116,19 +130,34 @@ def _named(model: str, source: str) -> Checkpoint:
 
 def _from_hub(hub_id: str, source: str) -> Checkpoint:
     """A hub repository's files: from the hub's cache if they are there and whole, else fetched."""
-    from huggingface_hub import snapshot_download  # noqa: PLC0415  # slow to import, and only needed here
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError  # noqa: PLC0415
-
-    wanted = [f"{part}/*" for part in ("scheduler", "tokenizer", "tokenizer_2")]
-    wanted += [f"{part}/*.{kind}" for part in WEIGHTS for kind in ("json", "fp16.safetensors")] + ["*.json"]
     try:
-        try:
-            return inspect(Path(snapshot_download(hub_id, allow_patterns=wanted, local_files_only=True)), source)
-        except (LocalEntryNotFoundError, CheckpointError):
-            return inspect(Path(snapshot_download(hub_id, allow_patterns=wanted)), source)
+        return inspect(fetch(hub_id, local_files_only=True), source)
+    except CheckpointError:
+        return inspect(fetch(hub_id), source)
+
+
+def fetch(
+    hub_id: str, *, revision: str | None = None, folder: Path | None = None, local_files_only: bool = False
+) -> Path:
+    """Brings the files of a hub repository into `folder`, or into the hub's cache, and returns the folder they are in.
+
+    With `local_files_only` they have to be there already. Raises CheckpointError.
+    """
+    from huggingface_hub import snapshot_download  # noqa: PLC0415  # slow to import, and only needed here
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError  # noqa: PLC0415
+
+    try:
+        found = snapshot_download(
+            hub_id,
+            revision=revision,
+            local_dir=folder,
+            allow_patterns=HUB_FILES,
+            local_files_only=local_files_only,
+        )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(f"{hub_id} is neither a folder here nor to be had from the hub ({reason})") from error
+    return Path(found)
 
 
 def inspect(path: Path, source: str) -> Checkpoint:
@@ -178,6 +207,11 @@ def identity(checkpoint: Checkpoint) -> dict[str, str]:
         with file.open("rb") as stream:
             digests[str(file.relative_to(checkpoint.path))] = hashlib.file_digest(stream, "sha256").hexdigest()
     return digests
+
+
+def recognise(sha256: Mapping[str, str]) -> str | None:
+    """The hub's name of the checkpoint whose weight files have these digests, as `identity` gives them, if known."""
+    return SDXL_TURBO if sha256 == SDXL_TURBO_SHA256 else None
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

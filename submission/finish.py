@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 
+from submission.checkpoint import recognise
 from submission.contact_sheet import MOST_CLASSES, draw_contact_sheet
 from submission.dataset_file import AbandonedError, write_dataset
 from submission.decoder import FIDELITY
@@ -194,6 +195,7 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
     resumed, by_rank = len(spool.before), spool.by_rank(extent.rounds)
     numbers = spool.read().first(extent.rounds).numbers
     generating = max(log.timings.get("generate", 0.0), 1e-9)
+    digests = work.digests.wait(0)
     return {
         "task": config.task.name,
         "model": config.model,
@@ -233,7 +235,8 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
         "checkpoint": {
             "source": work.checkpoint.source,
             "path": str(work.checkpoint.path),
-            "sha256": work.digests.wait(0),
+            "sha256": digests,
+            "recognised": digests and recognise(digests),
         },
         "warnings": [*log.warnings, *crew.warnings()],
         "peak_memory_bytes": work.memory.peak,

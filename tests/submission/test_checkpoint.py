@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from submission import checkpoint
-from submission.checkpoint import choose, identity, inspect
+from submission.checkpoint import SDXL_TURBO, SDXL_TURBO_SHA256, choose, identity, inspect, recognise
 from submission.errors import CheckpointError
 
 NOWHERE = Path("/nonexistent")
@@ -107,6 +107,12 @@ def test_the_identity_follows_the_weights(copy: Path) -> None:
     file.write_bytes(content)
     after = identity(inspect(copy, "test"))
     assert {name for name in before if before[name] != after[name]} == {"vae/diffusion_pytorch_model.fp16.safetensors"}
+
+
+def test_sdxl_turbo_is_recognised_by_all_of_its_weights() -> None:
+    assert recognise(dict(SDXL_TURBO_SHA256)) == SDXL_TURBO
+    assert recognise(SDXL_TURBO_SHA256 | {"vae/diffusion_pytorch_model.fp16.safetensors": "0" * 64}) is None
+    assert recognise(identity(inspect(checkpoint.EMBEDDED, "test"))) is None
 
 
 def test_auto_prefers_the_environment(checkpoint_folder: Path) -> None:

@@ -50,6 +50,7 @@ def test_a_job_leaves_file_manifest_and_sheet(run: Run, tmp_path: Path, capsys: 
     assert images.shape == (3, 12, 3, 16, 16), "the task's cap"
     assert (manifest["ipc"], manifest["rounds"], manifest["seed"], manifest["warnings"]) == (12, 12, 5, [])
     assert manifest["checkpoint"]["source"].startswith("--model ") and len(manifest["checkpoint"]["sha256"]) == 4
+    assert manifest["checkpoint"]["recognised"] is None
     assert 0 < manifest["elapsed_seconds"] < 60 and manifest["peak_memory_bytes"] > 1e8
     assert {"generate", "write snapshots", "write and verify", "encode prompts"} <= set(manifest["phases_seconds"])
     assert [plan["rounds"] for plan in manifest["plans"]][-1] == 12
