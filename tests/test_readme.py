@@ -54,12 +54,8 @@ def commands(text: str) -> Iterator[str]:
     yield from (line for line in re.findall(r"`(\./run\.sh [^`]*)`", text) if "..." not in line)
 
 
-PRINTED = [
-    command
-    for name in ("README.md", "CONTRIBUTING.md", "submission/pretrained/README.md")
-    for command in dict.fromkeys(commands((ROOT / name).read_text()))
-    if command
-]
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "submission/pretrained/README.md")
+PRINTED = list(dict.fromkeys(c for name in DOCUMENTS for c in commands((ROOT / name).read_text()) if c))
 
 
 @pytest.mark.parametrize("command", PRINTED)
