@@ -158,6 +158,9 @@ class Scheduler:
     leaves time to write what is there. `in_place` is what the file on disk holds, `spent` the seconds that snapshots
     have taken from generation.
 
+    `afterwards` are the seconds kept for what is made of the last file when it is in place, and given up for the file
+    where need be.
+
     `images` and the pace are this rank's, which makes `share` rounds at most; `elsewhere` are the rounds of the others
     and of a run before, and `ranks` are at work, this one among them, and taken to be as fast.
     """
@@ -179,6 +182,7 @@ class Scheduler:
     batch_began: float = 0.0
     batch_expected: float = 0.0
     hurried_end: float = math.inf
+    afterwards: float = 0.0
 
     @property
     def rounds(self) -> int:
@@ -202,7 +206,9 @@ class Scheduler:
     @property
     def closing(self) -> float:
         """Seconds that should still be left when the last file is in place."""
-        return CLOSING_SECONDS + (0.0 if math.isfinite(self.hurried_end) else CLOSING_SHARE * self.budget.seconds)
+        if math.isfinite(self.hurried_end):
+            return CLOSING_SECONDS
+        return CLOSING_SECONDS + CLOSING_SHARE * self.budget.seconds + self.afterwards
 
     @property
     def last(self) -> float:

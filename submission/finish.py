@@ -16,9 +16,9 @@ from submission.manifest import machine, write_json, write_whole
 from submission.output_folder import release
 from submission.work import Work
 
-# With less time than this left, the report is not begun: what it took on two busy CPU cores that had yet to read its
-# libraries from the disk.
-REPORT_SECONDS, REPORT_SECONDS_A_CLASS = 2.0, 0.005
+# What the report took on two busy CPU cores that had yet to read its libraries from the disk: with less time left it is
+# not begun, and so much is kept for it where that is no more than this share of the budget.
+REPORT_SECONDS, REPORT_SECONDS_A_CLASS, REPORT_SHARE = 2.0, 0.005, 0.05
 # Seconds the last manifest may wait for the checkpoint's hashes, which were begun at the start.
 HASH_PATIENCE = 0.5
 
@@ -121,7 +121,7 @@ def make_report(work: Work) -> None:
     """The page about the run, where there is time for it; the job is finished with or without it."""
     dataset, scheduler, log = work.config.dataset, work.scheduler, work.log
     later = f"./run.sh report {dataset.with_suffix('.json')} makes it"
-    if scheduler.left - scheduler.last < REPORT_SECONDS + REPORT_SECONDS_A_CLASS * scheduler.shape.classes:
+    if scheduler.left - scheduler.last < report_seconds(scheduler.shape.classes):
         log.say(f"no time for the report: {later}")
         return
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would complain where it cannot keep a cache
@@ -133,6 +133,11 @@ def make_report(work: Work) -> None:
         log.warn(f"no report ({error}): {later}")
     else:
         log.say(f"{page}: what happened, written {scheduler.budget.left:.1f} s before the deadline")
+
+
+def report_seconds(classes: int) -> float:
+    """What the report on so many classes may take."""
+    return REPORT_SECONDS + REPORT_SECONDS_A_CLASS * classes
 
 
 def write_last(work: Work, extent: Extent) -> None:

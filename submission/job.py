@@ -25,7 +25,14 @@ from submission.dataset_file import AbandonedError
 from submission.device import choose_device, share_out
 from submission.errors import BankoError, BudgetError, OutputError, UsageError
 from submission.estimates import FileCost
-from submission.finish import collect_snapshot, finish, start_snapshot, write_manifest
+from submission.finish import (
+    REPORT_SHARE,
+    collect_snapshot,
+    finish,
+    report_seconds,
+    start_snapshot,
+    write_manifest,
+)
 from submission.generator import load_generator
 from submission.guard import Duties, Guard
 from submission.manifest import Digests, job_of
@@ -189,6 +196,8 @@ def start_scheduler(config: JobConfig, shape: Shape, budget: Budget, spool: Spoo
     cost = FileCost(shape.classes, GUESSED_FIXED, GUESSED_VALUE * values, GUESSED_COPY * values)
     scheduler = Scheduler(budget, shape, cost, BatchSize(config.batch_size))
     scheduler.elsewhere = len(spool.before)
+    if (seconds := report_seconds(shape.classes)) <= REPORT_SHARE * budget.seconds:
+        scheduler.afterwards = seconds
     return scheduler
 
 

@@ -199,6 +199,17 @@ def test_a_batch_of_many_rounds_is_not_repeated_when_time_is_short() -> None:
     assert scheduler.next_batch() <= 10, "at most the one round that still fits"
 
 
+def test_time_for_what_comes_afterwards_is_kept_unless_a_signal_takes_it() -> None:
+    plain, clock = make_scheduler(100)
+    generate(plain, clock, 0.01)
+    scheduler, clock = make_scheduler(100)
+    scheduler.afterwards = 5.0
+    generate(scheduler, clock, 0.01)
+    assert 4 < scheduler.left - plain.left < 6
+    scheduler.hurry()
+    assert scheduler.closing < 1
+
+
 def test_the_cap_ends_a_job_early() -> None:
     scheduler, clock = make_scheduler(600, cap=7)
     generate(scheduler, clock, 0.01)

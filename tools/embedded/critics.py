@@ -99,15 +99,18 @@ def _train(task: Task, images: Tensor) -> list[dict[str, Tensor]]:
     labels = torch.arange(len(images)).repeat_interleave(images.shape[1])
     pixels = torch.cat([normalised(to_unit(of_class), task).half() for of_class in images])
     critic = ConvNet(len(images), SIZE)
-    kept: list[dict[str, Tensor]] = []
+
+    def weights() -> dict[str, Tensor]:
+        return {name: weight.clone() for name, weight in critic.state_dict().items()}
+
+    kept = [weights()]  # of age 0
 
     def keep(step: int, measure: Measure) -> None:
         if step in AGES:
-            kept.append({name: weight.clone() for name, weight in critic.state_dict().items()})
+            kept.append(weights())
         if step % PROGRESS_EVERY == 0:
             print(f"critic {task.name} {step} loss={measure.loss:.3f} accuracy={measure.accuracy:.3f}", flush=True)
 
-    keep(0, Measure(torch.nan, torch.nan))
     train(critic, pixels, labels, Schedule(max_steps=max(AGES)), keep, forward=in_bf16(torch.compile(critic)))
     return kept
 

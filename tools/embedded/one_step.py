@@ -29,7 +29,7 @@ STYLE_SHARES: dict[PromptStyle, float] = {"label": 0.2, "described": 0.55, "dive
 REGRESSION_SHARE = 0.1  # of the steps, before critics judge
 MEAN_WEIGHT = 2.0  # of the error of a class's mean among the errors of its samples, where it would be lost
 ANCHOR_WEIGHT = 0.1  # of the regression beside the critics
-LABEL_WEIGHT = 0.01
+LABEL_WEIGHT = 0.01  # of the cross entropy, nats; not tuned
 
 
 @dataclass(frozen=True)
