@@ -61,8 +61,8 @@ class Checkpoint:
     """A checkpoint folder found whole.
 
     `source` says which rule chose it; `variants` maps each component with weights to `"fp16"` or None, the
-    variant of its file; `configs` maps each component to its parsed configuration; `prompt_size` is how many numbers
-    a prompt's embeddings are.
+    variant of its file; `configs` maps each component to its parsed configuration. `prompt_size` is how many numbers
+    a prompt's embeddings are, and `projected_size` all keys and values that cross-attention makes of them.
     """
 
     path: Path
@@ -71,6 +71,7 @@ class Checkpoint:
     configs: Mapping[str, Any]
     resolutions: tuple[int, ...]
     prompt_size: int
+    projected_size: int
 
     @property
     def vae_factor(self) -> int:
@@ -196,7 +197,8 @@ def inspect(path: Path, source: str) -> Checkpoint:
     resolutions = _read_json(training).get("resolutions") if training.exists() else [own]
     if not isinstance(resolutions, list) or not resolutions or not all(isinstance(r, int) for r in resolutions):
         raise CheckpointError(f"{training}: resolutions must be a list of pixel sizes")
-    return Checkpoint(path, source, variants, configs, tuple(sorted(resolutions)), prompt_size)
+    projected_size = tokens * _cross_attention_width(_weight_file(path, "unet", variants["unet"]))
+    return Checkpoint(path, source, variants, configs, tuple(sorted(resolutions)), prompt_size, projected_size)
 
 
 def identity(checkpoint: Checkpoint) -> dict[str, str]:
@@ -257,6 +259,14 @@ def _check_weights(file: Path) -> None:
         raise CheckpointError(f"{file} is damaged or truncated ({error}): fetch it again") from error
     if empty:
         raise CheckpointError(f"{file} holds no weights")
+
+
+def _cross_attention_width(file: Path) -> int:
+    """Numbers that all layers of a UNet together make of one token."""
+    with safe_open(file, framework="numpy") as weights:
+        names = weights.keys()
+        layers = [name for name in names if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))]
+        return sum(weights.get_slice(name).get_shape()[0] for name in layers)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -71,10 +71,7 @@ class Generator:
         finite = latents.flatten(1).isfinite().all(1)
         if not finite.all() and self.sampler.dtype != torch.float32:
             self._count(finite, f"the UNet in {_name(self.sampler.dtype)}: generating in float32 from now on", log)
-            self.sampler = pipeline.in_float32(self.sampler)
-            self.conditioning = pipeline.Conditioning(
-                self.conditioning.embeds.float(), self.conditioning.pooled.float()
-            )
+            self.sampler, self.conditioning = pipeline.in_float32(self.sampler, self.conditioning)
             latents = pipeline.sample(self.sampler, self.conditioning, prompts.to(self.sampler.device), noise)
         return latents
 
@@ -96,12 +93,13 @@ def load_generator(
     dtype: torch.dtype | None = None,
     decoder: Rung | Literal["auto"] = "auto",
     patience: float = math.inf,
+    project_prompts: bool = True,
 ) -> Generator:
     """Encodes all prompts, lets the text encoders go, loads UNet and VAE, and chooses the decoder.
 
     `resolution` is the canvas in pixels; None takes the checkpoint's own. `dtype` is the networks'; None takes
-    what is fastest here. `patience` is the seconds that choosing a decoder may take. Raises UsageError or
-    CheckpointError.
+    what is fastest here. `patience` is the seconds that choosing a decoder may take. `project_prompts` takes memory
+    for speed (`pipeline.project_prompts`). Raises UsageError or CheckpointError.
     """
     resolution = resolution or checkpoint.resolution_for(task.size)
     if resolution % checkpoint.resolution_step:
@@ -119,7 +117,11 @@ def load_generator(
     with log.phase("load UNet and VAE"):
         sampler = pipeline.load_sampler(checkpoint, resolution, device, dtype)
         vae = pipeline.load_vae(checkpoint, device, choose_vae_dtype(device, dtype))
-    log.say(f"{len(prompts)} prompts encoded; {resolution} px, UNet in {_name(dtype)}, VAE in {_name(vae.dtype)}")
+    if project_prompts:
+        with log.phase("project prompts"):
+            conditioning = pipeline.project_prompts(sampler.unet, conditioning)
+    encoded = "encoded and projected" if project_prompts else "encoded"
+    log.say(f"{len(prompts)} prompts {encoded}; {resolution} px, UNet in {_name(dtype)}, VAE in {_name(vae.dtype)}")
     prompt_of = torch.tensor([[place[prompt] for prompt in row] for row in phrasings])
     generator = Generator(task, seed, resolution, sampler, conditioning, prompt_of, vae, full_decoder(vae, task.size))
     if decoder != "vae":

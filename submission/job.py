@@ -36,7 +36,7 @@ from submission.finish import (
 from submission.generator import load_generator
 from submission.guard import Duties, Guard
 from submission.manifest import Digests, job_of
-from submission.needs import shape_that_fits, tell_memory
+from submission.needs import room_for_projections, shape_that_fits
 from submission.output_folder import claimed, release, remove_unfinished
 from submission.pipeline import choose_dtype
 from submission.progress import Log, Status
@@ -83,8 +83,7 @@ def run(config: JobConfig, place: Place, budget: Budget, log: Log, guard: Guard)
         )
     with open_spool(config, checkpoint, place, budget, log) as spool:
         dtype, shape = choose_dtype(device), shape_that_fits(config, spool, log)
-        if device.type == "cpu":
-            tell_memory(config, checkpoint, dtype, place, log)
+        project_prompts = room_for_projections(config, checkpoint, device, dtype, place, log)
         crew = Crew(place, config.output, task.name, spool, log)
         crew.start()
         digests = Digests(checkpoint)
@@ -102,6 +101,7 @@ def run(config: JobConfig, place: Place, budget: Budget, log: Log, guard: Guard)
                 dtype=dtype,
                 decoder=config.decoder,
                 patience=DECODER_SHARE * budget.left,
+                project_prompts=project_prompts,
             )
         scheduler = start_scheduler(config, shape, budget, spool)
         crew.follow(scheduler)

@@ -19,6 +19,8 @@ from submission.working_memory import WORKING
 
 # The part of a disk's free space that the job may plan to fill.
 USABLE_ROOM = 0.95
+# The part of the free memory that prompts' projections may take.
+PROJECTIONS_SHARE = 0.33
 # Bytes. Python with torch, diffusers and transformers: 0.6 GB were seen.
 LIBRARIES = 700 << 20
 # Chunks of a file in the making, on each thread that makes them.
@@ -49,21 +51,31 @@ def shape_that_fits(config: JobConfig, spool: Spool, log: Log) -> Shape:
     return replace(shape, cap=cap)
 
 
-def tell_memory(config: JobConfig, checkpoint: Checkpoint, dtype: torch.dtype, place: Place, log: Log) -> None:
-    """Says how much memory this process takes at most, and whether that is there for all of them on this machine."""
+def room_for_projections(
+    config: JobConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, place: Place, log: Log
+) -> bool:
+    """Whether the memory of the device has room for all prompts' projections. On a CPU, says how much memory this
+    process takes at most, and whether that is there for all of them on this machine."""
     prompts = sum(map(len, config.task.prompts(config.prompts)))
-    needed = memory_needed(checkpoint, config.task, prompts, dtype.itemsize, torch.get_num_threads())
+    projections = prompts * checkpoint.projected_size * dtype.itemsize
+    if device.type == "cuda":
+        return projections <= PROJECTIONS_SHARE * torch.cuda.mem_get_info(device)[0]
     free = memory_free() // place.local_ranks
+    fit = projections <= PROJECTIONS_SHARE * free
+    needed = memory_needed(checkpoint, config.task, prompts, dtype.itemsize, torch.get_num_threads())
+    needed += projections if fit else 0
     said = f"memory: at most {needed / 1e9:.2f} GB, where {free / 1e9:.2f} GB are free"
     if needed > free:
         log.warn(f"{said}: the system may end this process")
     else:
         log.say(said)
+    return fit
 
 
 def memory_needed(checkpoint: Checkpoint, task: Task, prompts: int, itemsize: int, writers: int) -> int:
-    """Bytes of memory that a job on a CPU takes at most, with so many prompts, `itemsize` bytes a number in the model
-    and so many threads that write the file. It does not grow with the images a class: rounds lie on disk."""
+    """Bytes of memory that a job on a CPU takes at most beside the projections of its prompts, with so many prompts,
+    `itemsize` bytes a number in the model and so many threads that write the file. It does not grow with the images a
+    class: rounds lie on disk."""
     weights = {component: _weights(checkpoint, component, itemsize) for component in checkpoint.variants}
     # The text encoders are let go one after the other, before the rest is loaded.
     loaded = max(weights["text_encoder"], weights["text_encoder_2"], weights["unet"] + weights["vae"])

@@ -30,7 +30,10 @@ PROMPTS_A_BATCH = 64
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told of each prompt: `embeds` [P, tokens, D] and `pooled` [P, D'], in the UNet's dtype."""
+    """What the UNet is told of each prompt: `embeds` [P, tokens, D] and `pooled` [P, D'], in the UNet's dtype.
+
+    Of a UNet that looks projections up (`project_prompts`), `embeds` are the prompts' numbers, int64 [P, 1, 1].
+    """
 
     embeds: Tensor
     pooled: Tensor
@@ -128,9 +131,38 @@ def load_sampler(checkpoint: Checkpoint, resolution: int, device: torch.device, 
     )
 
 
-def in_float32(sampler: Sampler) -> Sampler:
+class Projections(torch.nn.Module):
+    """What a linear layer makes of every prompt, [P, tokens, D], in place of the layer; takes prompts' numbers."""
+
+    table: Tensor
+
+    def __init__(self, layer: torch.nn.Module, embeds: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.cat([layer(batch) for batch in torch.split(embeds, PROMPTS_A_BATCH)]))
+
+    def forward(self, numbers: Tensor) -> Tensor:
+        return self.table[numbers.flatten()]
+
+
+@torch.inference_mode()
+def project_prompts(unet: Any, conditioning: Conditioning) -> Conditioning:
+    """Has the UNet, which is changed, look up keys and values of its cross-attention instead of projecting prompts anew
+    for every image (of SDXL-Turbo's FLOP an image 13% at 256 px and 4% at 512). Returns the conditioning for it."""
+    for name, module in unet.named_modules():
+        if name.endswith(".attn2"):
+            module.to_k = Projections(module.to_k, conditioning.embeds)
+            module.to_v = Projections(module.to_v, conditioning.embeds)
+    numbers = torch.arange(len(conditioning.embeds), device=conditioning.embeds.device)
+    return replace(conditioning, embeds=numbers.view(-1, 1, 1))
+
+
+def in_float32(sampler: Sampler, conditioning: Conditioning) -> tuple[Sampler, Conditioning]:
     """The same UNet, which is changed, and its step in float32."""
-    return replace(sampler, unet=sampler.unet.float(), time_ids=sampler.time_ids.float(), dtype=torch.float32)
+    embeds, pooled = conditioning.embeds, conditioning.pooled.float()
+    return (
+        replace(sampler, unet=sampler.unet.float(), time_ids=sampler.time_ids.float(), dtype=torch.float32),
+        Conditioning(embeds.float() if embeds.is_floating_point() else embeds, pooled),
+    )
 
 
 def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:

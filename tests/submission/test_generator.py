@@ -42,21 +42,18 @@ def test_an_overflowing_decoder_is_replaced_by_a_more_precise_one_and_said(gener
 
 def test_an_overflowing_unet_is_replaced_by_a_more_precise_one_and_counted(generator: Generator, log: Log) -> None:
     """Activations beyond fp16's 65,504, which the next normalisation would have brought back."""
-    generator.sampler = pipeline.in_float32(generator.sampler)
-    generator.conditioning = pipeline.Conditioning(
-        generator.conditioning.embeds.float(), generator.conditioning.pooled.float()
-    )
+    generator.sampler, generator.conditioning = pipeline.in_float32(generator.sampler, generator.conditioning)
     generator.sampler.unet.conv_in.weight.data *= 1e5
     expected = generator.images(np.arange(0, 6), log)
     assert log.warnings == [] and generator.regenerated == 0
-    half, conditioning = torch.float16, generator.conditioning
+    half = torch.float16
     generator.sampler = replace(
         generator.sampler,
         unet=generator.sampler.unet.half(),
         time_ids=generator.sampler.time_ids.half(),
         dtype=half,
     )
-    generator.conditioning = pipeline.Conditioning(conditioning.embeds.half(), conditioning.pooled.half())
+    generator.conditioning = replace(generator.conditioning, pooled=generator.conditioning.pooled.half())
     images = generator.images(np.arange(0, 6), log)
     assert "broken images from the UNet in float16" in log.warnings[0] and generator.regenerated == 6
     assert (images.int() - expected.int()).abs().float().mean() < 2

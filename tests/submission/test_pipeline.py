@@ -55,6 +55,26 @@ def test_one_step_and_decoding_are_diffusers_own(folder: Path) -> None:
     assert (pixels / 255 - expected_pixels).abs().max() <= 0.5 / 255 + 1e-3
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_projections_looked_up_are_those_made_anew(folder: Path, dtype: torch.dtype) -> None:
+    """Whatever prompts are asked for, in whatever order, and after a change to float32, too."""
+    checkpoint = inspect(folder, "test")
+    sampler = pipeline.load_sampler(checkpoint, 16, CPU, dtype)
+    conditioning = pipeline.encode_prompts(checkpoint, PROMPTS, CPU, dtype)
+    prompts = torch.tensor([2, 0, 2, 1, 0])
+    noise = pipeline.draw_noise(3, [0] * 5, [0, 1, 2, 3, 4], sampler.side)
+    expected = pipeline.sample(sampler, conditioning, prompts, noise)
+    weights = sum(p.numel() for p in sampler.unet.parameters())
+    conditioning = pipeline.project_prompts(sampler.unet, conditioning)
+    assert sum(p.numel() for p in sampler.unet.parameters()) < weights, "the projections' weights are let go"
+    tables = [buffer.numel() for name, buffer in sampler.unet.named_buffers() if name.endswith(".table")]
+    assert sum(tables) == len(PROMPTS) * checkpoint.projected_size
+    torch.testing.assert_close(pipeline.sample(sampler, conditioning, prompts, noise), expected, atol=1e-4, rtol=1e-4)
+    sampler, conditioning = pipeline.in_float32(sampler, conditioning)
+    exact = pipeline.sample(sampler, conditioning, prompts, noise)
+    torch.testing.assert_close(exact, expected, atol=0.2, rtol=0.05)
+
+
 def test_noise_is_a_function_of_seed_class_and_round() -> None:
     together = pipeline.draw_noise(7, [0, 1, 0, 1], [0, 0, 5, 5], 4)
     for row, (label, round_) in enumerate([(0, 0), (1, 0), (0, 5), (1, 5)]):
