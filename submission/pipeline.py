@@ -147,7 +147,7 @@ class Projections(torch.nn.Module):
 @torch.inference_mode()
 def project_prompts(unet: Any, conditioning: Conditioning) -> Conditioning:
     """Has the UNet, which is changed, look up keys and values of its cross-attention instead of projecting prompts anew
-    for every image (of SDXL-Turbo's FLOP an image 13% at 256 px and 4% at 512). Returns the conditioning for it."""
+    for every image (0.05 TFLOP of SDXL-Turbo's 0.43 at 256 px, of 1.59 at 512). Returns the conditioning for it."""
     for name, module in unet.named_modules():
         if name.endswith(".attn2"):
             module.to_k = Projections(module.to_k, conditioning.embeds)
