@@ -159,6 +159,7 @@ def stuck_device(loaded: Generator) -> None:
 
     def before(numbers: NDArray[np.int64]) -> None:
         if numbers[0] > 1000:
+            print("the device is stuck", flush=True)
             time.sleep(1000)
 
     _when_generating(loaded, before)
