@@ -25,6 +25,7 @@ from submission.decoder import (
 from submission.errors import CheckpointError, UsageError
 from submission.progress import Log
 from submission.tasks import PromptStyle, Task
+from submission.working_memory import return_freed
 
 
 @dataclass
@@ -114,6 +115,7 @@ def load_generator(
         if cut := pipeline.too_long(checkpoint, prompts):
             log.warn(f"{len(cut)} of {len(prompts)} prompts are longer than the model reads and are cut: {cut[0]!r}")
         conditioning = pipeline.encode_prompts(checkpoint, prompts, device, dtype)
+        return_freed()
     with log.phase("load UNet and VAE"):
         sampler = pipeline.load_sampler(checkpoint, resolution, device, dtype)
         vae = pipeline.load_vae(checkpoint, device, choose_vae_dtype(device, dtype))

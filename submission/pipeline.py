@@ -24,8 +24,8 @@ from submission.errors import CheckpointError
 BF16_GAIN = 1.3
 # Separates the random numbers drawn for noise from those drawn for augmentation.
 NOISE_STREAM = 0
-# Prompts encoded at a time.
-PROMPTS_A_BATCH = 64
+# Prompts encoded at a time, few for the sake of memory.
+PROMPTS_A_BATCH = 16
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """What batches take of this process's memory, so that they do not outgrow what was said beforehand."""
 
+import ctypes
 import resource
 from contextlib import suppress
 from dataclasses import dataclass
@@ -39,6 +40,13 @@ def forget_peak() -> None:
     """Have the kernel count the peak anew (proc(5), clear_refs). Where it does not, the peak so far stays."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def return_freed() -> None:
+    """Have the C library, where it is glibc, return to the system what has been freed: else it stays in this process
+    beside whatever comes next."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def peak_memory() -> int:
