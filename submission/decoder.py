@@ -26,7 +26,8 @@ CALIBRATION = FITTED + HELD_OUT
 
 # Random features beside the four latent channels. 32, 64, 128 and 256 of them took the fidelity to 32.6, 33.8, 33.8 and
 # 33.9 dB on a trained VAE, and to 27.8, 28.7, 29.7 and 30.7 dB on one of SDXL's size with random weights at 256 px.
-# Where there are fewer pixels to fit to than so many for each of the map's columns, there are fewer.
+# (256 with the ridge below, the others with a tenth of it.) The fewer pixels to fit to, the fewer features, or the map
+# would only repeat them: so many pixels for each of its columns.
 FEATURES, PIXELS_A_COLUMN = 256, 7
 # Ridge, as a share of the features' mean square.
 RIDGE = 1e-3
@@ -37,7 +38,7 @@ POOLED_SHARE = 2
 
 # Canvas pixels decoded at a time: the VAE's activations take about a kilobyte a pixel.
 PIXELS_A_PASS = 1 << 18
-# Pixels of images made of them at a time: features take about a kilobyte a pixel as well.
+# Pixels of images made of them at a time: the map's features take a few kilobytes a pixel.
 IMAGE_PIXELS_A_PASS = 1 << 18
 
 
