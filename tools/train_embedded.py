@@ -1,9 +1,8 @@
 """Train the embedded checkpoint: a text-to-image model of SDXL-Turbo's layout that knows the built-in tasks' prompts.
 
-The story, top to bottom: the VAE learns the real images; critics, the evaluator's network at several ages, learn them
-too; then the UNet and both text encoders together learn to turn noise and a prompt into a latent of the prompt's class,
-in the one step the job takes: first into one of the class's Gaussian, then into one whose picture means to the critics
-what real ones of the class do.
+The story, top to bottom: the critic, a network like the evaluator's, learns to tell the real images apart; the VAE
+learns to keep what the critic sees in them; the UNet and both text encoders together learn to turn noise and a prompt,
+in the one step the job takes, into a sample of the Gaussian that latents of the prompt's class have.
 
     ./run.sh train-embedded --data ../shared/data --output outputs/embedded
 
@@ -28,10 +27,18 @@ from submission.errors import InputFileError, UsageError
 from submission.tasks import Task, load_task
 from tools.command import exit_code_of
 from tools.embedded import vae
-from tools.embedded.critics import Critics, Features, make_critics
+from tools.embedded.critic import STEPS, Critic, load_critic, train_critic
 from tools.embedded.gaussians import fit_class_gaussians
-from tools.embedded.layout import LATENT_SCALE, Networks, build_networks, save_networks, token_ids
-from tools.embedded.one_step import CANVAS, STYLE_SHARES, Batch, Lesson, make, token_ids_of, train_one_step
+from tools.embedded.images import RealImages
+from tools.embedded.layout import LATENT_SCALE, TRAINED, Networks, build_networks, save_networks, token_ids
+from tools.embedded.one_step import (
+    CANVAS,
+    STYLE_SHARES,
+    Batch,
+    make,
+    prompts_of,
+    train_one_step,
+)
 from tools.embedded.progress import Progress, begin_stage, save_whole, start
 from tools.training import keep_freed_memory
 from tools.training_data import SOURCES, load_training_images
@@ -43,7 +50,7 @@ SHEET_CLASSES, SHEET_IMAGES = 10, 8
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for. Steps are optimiser steps; `save_every` counts those of both stages."""
+    """What the command line asks for. Steps are optimiser steps; `save_every` counts those of every stage."""
 
     data: Path
     output: Path
@@ -83,7 +90,7 @@ def build_parser() -> Parser:
         help=f"optimiser steps of {vae.BATCH} images for the VAE (default: 2400)",
     )
     parser.add_argument(
-        "--steps", type=int, default=4000, metavar="N", help="those of UNet and text encoders (default: 4000)"
+        "--steps", type=int, default=3500, metavar="N", help="those of UNet and text encoders (default: 3500)"
     )
     parser.add_argument(
         "--save-every",
@@ -112,7 +119,7 @@ def parse(argv: list[str] | None) -> Options:
 
 
 def train(options: Options) -> None:
-    """Both stages, or what is left of them. Raises InputFileError for the data, OutputError for the folder."""
+    """All stages, or what is left of them. Raises InputFileError for the data, OutputError for the folder."""
     keep_freed_memory()
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -121,26 +128,18 @@ def train(options: Options) -> None:
     # Channels last is about three times as fast in these narrow convolutions on a CPU.
     for network in (networks.unet, networks.vae):
         network.to(memory_format=torch.channels_last)
-    progress = Progress(options.output, options.save_every)
+    progress = Progress(options.output, options.save_every, {name: getattr(networks, name) for name in TRAINED})
     progress.generator.manual_seed(options.seed)
-    start(progress, networks, resume=options.resume)
-    images = [real_images(options.data, task) for task in tasks]
-
+    start(progress, resume=options.resume)
+    images = real_images(options.data, tasks)
     if progress.stage == "vae":
-        vae.train_vae(networks, progress, torch.cat([of_task.flatten(0, 1) for of_task in images]), options.vae_steps)
-        begin_stage(progress, networks, "one_step")
-    features = Features()
-    lessons = [
-        Lesson(
-            task,
-            token_ids_of(networks, task),
-            fit_class_gaussians(vae.encode_images(networks.vae, pixels)),
-            all_critics(options, task, pixels, features),
-        )
-        for task, pixels in zip(tasks, images, strict=True)
-    ]
+        vae.train_vae(networks, critic_of(options, images), progress, images, options.vae_steps)
+        begin_stage(progress, "one_step")
+    networks.vae.requires_grad_(False)
+    gaussians = fit_class_gaussians([vae.encode_images(networks.vae, mirrored_too(c)) for c in images.by_class()])
+    prompts = prompts_of(networks, tasks, images.counts)
     train_one_step(
-        networks, progress, lessons, features, options.steps, lambda: draw_samples(options, networks, lessons)
+        networks, progress, prompts, gaussians, options.steps, lambda: draw_samples(options, networks, tasks)
     )
     write_checkpoint(options, networks, progress)
 
@@ -152,20 +151,22 @@ def all_prompts(tasks: list[Task]) -> list[str]:
     ]
 
 
-def real_images(data: Path, task: Task) -> Tensor:
-    """Every training image of a task by class, CANVAS px wide: uint8 `[classes, n, 3, CANVAS, CANVAS]`, every other
-    one mirrored. Raises InputFileError."""
-    images = load_training_images(data, task.name, task.size)
-    counts = images.labels.bincount()
-    if counts.min() != counts.max():
-        raise InputFileError(
-            f"{task.name}: classes have {counts.min()} to {counts.max()} images, expected as many of each"
-        )
-    order = images.labels.argsort(stable=True)
-    pixels = torch.cat([shrunk(images.pixels[part]) for part in torch.split(order, SHRUNK_AT_ONCE)])
-    pixels = pixels.view(len(counts), -1, 3, CANVAS, CANVAS)
-    pixels[:, 1::2] = pixels[:, 1::2].flip(-1)
-    return pixels
+def real_images(data: Path, tasks: list[Task]) -> RealImages:
+    """Every training image of the tasks, CANVAS px wide. Raises InputFileError."""
+    pixels, counts = [], []
+    for task in tasks:
+        images = load_training_images(data, task.name, task.size)
+        counts.append(images.labels.bincount(minlength=len(task.classes)))
+        if not counts[-1].all():
+            raise InputFileError(f"{task.name}: class {counts[-1].argmin()} has no images")
+        order = images.labels.argsort(stable=True)
+        pixels += [shrunk(images.pixels[part]) for part in torch.split(order, SHRUNK_AT_ONCE)]
+    return RealImages(torch.cat(pixels), torch.cat(counts))
+
+
+def mirrored_too(pixels: Tensor) -> Tensor:
+    """The images and their mirror images, in which a class is as likely to be seen."""
+    return torch.cat([pixels, pixels.flip(-1)])
 
 
 def shrunk(pixels: Tensor) -> Tensor:
@@ -175,20 +176,19 @@ def shrunk(pixels: Tensor) -> Tensor:
     return F.interpolate(pixels, size=(CANVAS, CANVAS), mode="bilinear", antialias=True)
 
 
-def all_critics(options: Options, task: Task, pixels: Tensor, features: Features) -> Critics:
-    """The critics of a task, kept in the output for a resumed run."""
-    kept = options.output / f"critics_{task.name}.pt"
+def critic_of(options: Options, images: RealImages) -> Critic:
+    """The critic, which is kept in the output for a resumed run."""
+    kept = options.output / "critic.pt"
     if not kept.exists():
-        critics = make_critics(task, pixels, features, options.seed)
-        save_whole({"weights": critics.weights, "means": critics.means, "squares": critics.squares}, kept)
-    return Critics(task, **torch.load(kept, weights_only=True))
+        save_whole(train_critic(images, options.seed), kept)
+    return load_critic(torch.load(kept, weights_only=True))
 
 
 @torch.no_grad()
-def draw_samples(options: Options, networks: Networks, lessons: list[Lesson]) -> None:
+def draw_samples(options: Options, networks: Networks, tasks: list[Task]) -> None:
     """A sheet a task, `OUTPUT/samples_TASK.png`: classes down, samples of the described prompt across."""
-    for lesson in lessons:
-        prompts = [c.described for c in lesson.task.classes]
+    for task in tasks:
+        prompts = [c.described for c in task.classes]
         chosen = torch.arange(0, len(prompts), len(prompts) // SHEET_CLASSES)
         shape = (len(chosen), SHEET_IMAGES, 4, CANVAS // 4, CANVAS // 4)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(options.seed))
@@ -196,7 +196,7 @@ def draw_samples(options: Options, networks: Networks, lessons: list[Lesson]) ->
         pixels = networks.vae.decode(made.flatten(0, 1) / LATENT_SCALE).sample
         tiles = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().view(*shape[:2], 3, CANVAS, CANVAS)
         sheet = tiles.permute(0, 3, 1, 4, 2).reshape(-1, SHEET_IMAGES * CANVAS, 3).numpy()
-        Image.fromarray(np.ascontiguousarray(sheet)).save(options.output / f"samples_{lesson.task.name}.png")
+        Image.fromarray(np.ascontiguousarray(sheet)).save(options.output / f"samples_{task.name}.png")
 
 
 def write_checkpoint(options: Options, networks: Networks, progress: Progress) -> None:
@@ -206,9 +206,13 @@ def write_checkpoint(options: Options, networks: Networks, progress: Progress) -
     summary = {
         "resolutions": [CANVAS],  # the job reads this; the rest is for people
         "data": {name: SOURCES[name] for name in TASKS},
-        "objective": "VAE: L1 + KL; one step: class Gaussian regression, then mean features of critics",
+        "objective": "VAE: L1 + KL + critic's features; one step: regression to the class Gaussian",
         "seed": options.seed,
-        "steps": {"vae": options.vae_steps, "one_step": options.steps},
+        "steps": {
+            "critic": STEPS,
+            "vae": options.vae_steps,
+            "one_step": options.steps,
+        },
         "threads": options.threads,
         "seconds": round(progress.seconds),
         "losses": progress.log[-1:],

@@ -33,9 +33,9 @@ STYLES: tuple[PromptStyle, ...] = ("label", "described", "diverse")
 SMALL = """
 import sys
 from tools import train_embedded
-from tools.embedded import critics, one_step, progress, vae
-critics.AGES, critics.MEAN_OF = (0, 2), 1
-vae.BATCH, vae.NORMALISE_ON, progress.LOG_EVERY = 4, 16, 2
+from tools.embedded import critic, one_step, progress, vae
+critic.STEPS, critic.PROGRESS_EVERY = 2, 1
+vae.BATCH, vae.NORMALISE_ON, progress.LOG_EVERY = 4, 1, 2
 one_step.CLASSES_IN_BATCH, one_step.IMAGES_OF_CLASS = 4, 2
 sys.exit(train_embedded.main(sys.argv[1:]))
 """
@@ -62,7 +62,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(data: Path, output: Path, *more: str) -> subprocess.Popen[str]:
-    options = ["--vae-steps", "4", "--steps", "6", "--save-every", "3", "--threads", "1", "--seed", "5"]
+    options = ["--vae-steps", "4", "--steps", "6"]
+    options += ["--save-every", "3", "--threads", "1", "--seed", "5"]
     return subprocess.Popen(
         [sys.executable, "-c", SMALL, "--data", str(data), "--output", str(output), *options, *more],
         cwd=ROOT,
@@ -88,7 +89,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_killed_training_resumes_to_the_same_losses(data: Path, trained: Path, tmp_path: Path) -> None:
     process = start(data, tmp_path)
     log = tmp_path / "training.log"
-    # Past the save of step 3 of the second stage, so that networks, optimiser and random numbers of both count.
+    # Past the save of step 3 of the last stage, so that networks, optimisers and random numbers of all count.
     while not (log.exists() and "one_step 4 " in log.read_text()):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
@@ -122,9 +123,9 @@ def test_refusals_say_what_to_do(data: Path, trained: Path, tmp_path: Path, caps
     status, message = refused("--data", str(tmp_path), "--output", str(tmp_path / "out"), "--threads", "1")
     assert status == 6
     assert "--data" in message
-    status, message = refused("--data", str(data), "--output", str(tmp_path / "out"), "--steps", "0")
+    status, message = refused("--data", str(data), "--output", str(tmp_path / "out"), "--vae-steps", "0")
     assert status == 2
-    assert "--steps" in message
+    assert "--vae-steps" in message
 
 
 @pytest.fixture(autouse=True)
@@ -171,7 +172,7 @@ def test_class_gaussians_have_the_moments_of_their_classes() -> None:
     torch.manual_seed(1)
     mixing = torch.randn(3, 16, 16) / 4
     latents = (torch.randn(3, 4000, 16) @ mixing + torch.randn(3, 1, 16)).view(3, 4000, 4, 2, 2)
-    gaussians = fit_class_gaussians(latents)
+    gaussians = fit_class_gaussians(list(latents))
     classes = torch.tensor([2, 0])
     drawn = sample_class_gaussians(gaussians, classes, torch.randn(2, 20000, 4, 2, 2)).flatten(2)
     for samples, label in zip(drawn, classes.tolist(), strict=True):

@@ -1,5 +1,6 @@
 """Where the one-step generator begins: per class, a Gaussian of its latents, fitted in closed form."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,26 +23,25 @@ class ClassGaussians:
     shared: Tensor  # [D, D]
 
 
-def fit_class_gaussians(latents: Tensor) -> ClassGaussians:
-    """From latents `[classes, n, ...]`, float32.
+def fit_class_gaussians(latents: Sequence[Tensor]) -> ClassGaussians:
+    """From the latents of each class, float32 `[n, ...]`.
 
     A class's covariance is shrunk towards the mean of all by K / (K + n): n images say little of K x K numbers.
     """
-    flat = latents.flatten(2)
-    n, dimensions = flat.shape[1:]
-    means = flat.mean(dim=1)
-    centred = flat - means.unsqueeze(1)
-    everyone = centred.flatten(0, 1)
-    spread, directions = torch.linalg.eigh(everyone.T @ everyone / len(everyone))
-    kept = min(OWN_DIRECTIONS, dimensions)
+    flat = [of_class.flatten(1) for of_class in latents]
+    means = torch.stack([of_class.mean(dim=0) for of_class in flat])
+    centred = [of_class - mean for of_class, mean in zip(flat, means, strict=True)]
+    spread, directions = torch.linalg.eigh(torch.stack([c.T @ c / len(c) for c in centred]).mean(dim=0))
+    kept = min(OWN_DIRECTIONS, len(spread))
     basis = directions[:, -kept:]
-    rest = directions[:, : dimensions - kept]
-    shared = (rest * spread[: dimensions - kept].clamp(min=0).sqrt()) @ rest.T
-    scores = centred @ basis
-    covariances = scores.transpose(1, 2) @ scores / n
-    shrinkage = kept / (kept + n)
-    covariances = (1 - shrinkage) * covariances + shrinkage * torch.diag(spread[-kept:])
-    values, vectors = torch.linalg.eigh(covariances)
+    rest = directions[:, : len(spread) - kept]
+    shared = (rest * spread[: len(spread) - kept].clamp(min=0).sqrt()) @ rest.T
+    covariances = []
+    for of_class in centred:
+        scores = of_class @ basis
+        shrinkage = kept / (kept + len(scores))
+        covariances.append((1 - shrinkage) * scores.T @ scores / len(scores) + shrinkage * torch.diag(spread[-kept:]))
+    values, vectors = torch.linalg.eigh(torch.stack(covariances))
     own = (vectors * values.clamp(min=0).sqrt().unsqueeze(1)) @ vectors.transpose(1, 2)
     return ClassGaussians(means, basis, own, shared)
 

@@ -120,7 +120,8 @@ def build_networks(prompts: Sequence[str]) -> Networks:
         attention_head_dim=tuple(width // 32 for width in UNET_WIDTHS),  # diffusers' name for the number of heads
         cross_attention_dim=sum(TEXT_WIDTHS),
         use_linear_projection=True,
-        norm_num_groups=16,
+        # Over all channels: groups of a few, in maps as small as 2x2, would normalise away what they are to carry.
+        norm_num_groups=1,
         # The class reaches every block as a scale and a shift of each channel; a shift alone learns more slowly.
         resnet_time_scale_shift="scale_shift",
         addition_embed_type="text_time",

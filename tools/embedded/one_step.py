@@ -5,41 +5,38 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from submission.tasks import PromptStyle, Task
-from tools.embedded.critics import Critics, Features, in_bf16, judge
 from tools.embedded.gaussians import ClassGaussians, sample_class_gaussians
 from tools.embedded.layout import (
     LATENT_CHANNELS,
-    LATENT_SCALE,
     LATENT_SHRINK,
     Networks,
     encode,
     one_step_latents,
     token_ids,
 )
+from tools.embedded.muon import Muon
 from tools.embedded.progress import Progress, record, steps, update
 
 CANVAS = 32  # pixels that all pictures are made on; larger ones are enlarged from it, for a quarter of the work
-CLASSES_IN_BATCH = 16
-IMAGES_OF_CLASS = 16
-RATE = 1e-3
 # How often a class is asked for in each style. `described` is the default; `diverse` has eight phrasings to learn.
 STYLE_SHARES: dict[PromptStyle, float] = {"label": 0.2, "described": 0.55, "diverse": 0.25}
-REGRESSION_SHARE = 0.1  # of the steps, before critics judge
+
+CLASSES_IN_BATCH, IMAGES_OF_CLASS = 16, 16  # a batch: classes, images of each
+RATE = 3e-3
 MEAN_WEIGHT = 2.0  # of the error of a class's mean among the errors of its samples, where it would be lost
-ANCHOR_WEIGHT = 0.1  # of the regression beside the critics
-LABEL_WEIGHT = 0.01  # of the cross entropy, nats; not tuned
+ADAMS_SHARE = 1 / 3  # of the rate, for what Muon does not take: text encoders, biases and norms
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What is learnt of one task: token ids by style, `[phrasings, classes, tokens]`, Gaussians, and critics."""
+class Prompts:
+    """What is asked for: token ids by style, `[phrasings, classes of all tasks, tokens]`, and how often each class is
+    drawn, `[classes]`."""
 
-    task: Task
     ids: dict[PromptStyle, Tensor]
-    gaussians: ClassGaussians
-    critics: Critics
+    shares: Tensor
 
 
 @dataclass(frozen=True)
@@ -51,76 +48,66 @@ class Batch:
     noise: Tensor
 
 
-def token_ids_of(networks: Networks, task: Task) -> dict[PromptStyle, Tensor]:
-    """Token ids `[phrasings, classes, tokens]` by style."""
-    return {
-        style: torch.stack([token_ids(networks, phrasing) for phrasing in task.prompts(style)])
+def prompts_of(networks: Networks, tasks: list[Task], counts: Tensor) -> Prompts:
+    """The prompts of all classes of the tasks, in a row, each drawn in proportion to its real images."""
+    ids = {
+        style: torch.cat(
+            [torch.stack([token_ids(networks, phrasing) for phrasing in task.prompts(style)]) for task in tasks], dim=1
+        )
         for style in STYLE_SHARES
     }
+    return Prompts(ids, counts.float())
 
 
 def train_one_step(
     networks: Networks,
     progress: Progress,
-    lessons: list[Lesson],
-    features: Features,
+    prompts: Prompts,
+    gaussians: ClassGaussians,
     total: int,
     on_save: Callable[[], None],
 ) -> None:
-    """Train UNet and text encoders for `total` steps, the lessons in turns.
+    """Train UNet and text encoders, for `total` steps, to a map that is known: the one that takes the same noise to a
+    sample of the class's own Gaussian."""
+    parameters, optimisers = optimisers_of(networks)
+    for _ in steps(progress, optimisers, total, on_save):
+        batch = draw_batch(prompts, CLASSES_IN_BATCH, IMAGES_OF_CLASS, progress.generator)
+        error = make(networks, batch) - sample_class_gaussians(gaussians, batch.classes, batch.noise)
+        regression, of_mean = error.square().mean(), error.mean(dim=1).square().mean()
+        update(optimisers, parameters, regression + MEAN_WEIGHT * of_mean)
+        record(progress, regression=regression.item())
 
-    At first the target is a map that is known: the class's own Gaussian, which takes the same noise to a sample of
-    itself (low variance, so the classes are told apart within a few hundred steps). Then the VAE decodes what is made,
-    and critics judge the pictures. The Gaussian stays as an anchor: it keeps pictures of one class apart.
-    """
-    networks.vae.requires_grad_(False)
-    decode = in_bf16(torch.compile(lambda latents: networks.vae.decode(latents).sample))
-    trained = (networks.unet, networks.text_encoder, networks.text_encoder_2)
-    parameters = [p for network in trained for p in network.parameters()]
-    optimisers = [torch.optim.AdamW(parameters, lr=RATE, betas=(0.9, 0.99), weight_decay=0.01)]
-    for step in steps(progress, networks, optimisers, total, on_save):
-        lesson = lessons[step % len(lessons)]
-        batch = draw_batch(lesson.ids, progress.generator)
-        made = make(networks, batch)
-        error = made - sample_class_gaussians(lesson.gaussians, batch.classes, batch.noise)
-        regression = error.square().mean()
-        losses = {"regression": regression.item()}
-        if step < REGRESSION_SHARE * total:
-            loss = regression + MEAN_WEIGHT * error.mean(dim=1).square().mean()
-        else:
-            latents = (made / LATENT_SCALE).flatten(0, 1).contiguous(memory_format=torch.channels_last)
-            pictures = decode(latents).view(*made.shape[:2], 3, CANVAS, CANVAS)
-            judgement = judge(lesson.critics, features, pictures, batch.classes, progress.generator)
-            loss = judgement.means + judgement.squares + ANCHOR_WEIGHT * regression
-            losses |= {"means": judgement.means.item(), "squares": judgement.squares.item()}
-            if judgement.cross_entropy is not None:
-                loss = loss + LABEL_WEIGHT * judgement.cross_entropy
-                losses["label"] = judgement.cross_entropy.item()
-        update(optimisers, parameters, loss)
-        record(progress, **{f"{lesson.task.name}_{kind}": value for kind, value in losses.items()})
+
+def optimisers_of(networks: Networks) -> tuple[list[Tensor], list[torch.optim.Optimizer]]:
+    """What is trained to make latents, UNet and text encoders, and what trains it."""
+    weights = [p for p in networks.unet.parameters() if p.ndim > 1]
+    rest = [p for p in networks.unet.parameters() if p.ndim == 1]
+    rest += [p for network in (networks.text_encoder, networks.text_encoder_2) for p in network.parameters()]
+    adam = torch.optim.AdamW(rest, lr=RATE * ADAMS_SHARE, betas=(0.9, 0.99), weight_decay=0.01)
+    return weights + rest, [Muon(weights, lr=RATE), adam]
 
 
 def make(networks: Networks, batch: Batch) -> Tensor:
     """Latents of unit scale, float32, in the shape of the batch's noise."""
-    with torch.autocast("cpu", torch.bfloat16):
+    # The fused attention of torch is slow at so few tokens: its backward pass alone took a quarter of a step.
+    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
         conditioning = encode(networks, batch.ids)
         each = type(conditioning)(*(part.repeat_interleave(batch.noise.shape[1], dim=0) for part in conditioning))
         latents = one_step_latents(networks, batch.noise.flatten(0, 1), each, CANVAS)
     return latents.float().view_as(batch.noise)
 
 
-def draw_batch(ids: dict[PromptStyle, Tensor], generator: torch.Generator) -> Batch:
-    """Classes without repetition, a style and a phrasing for each, and noise for several images of each."""
-    classes = next(iter(ids.values())).shape[1]
-    chosen = torch.randperm(classes, generator=generator)[:CLASSES_IN_BATCH]
+def draw_batch(prompts: Prompts, classes: int, each: int, generator: torch.Generator) -> Batch:
+    """Classes without repetition, a style and a phrasing for each, and noise for `each` images of it."""
+    chosen = torch.multinomial(prompts.shares, classes, generator=generator)
     styles = list(STYLE_SHARES)
     shares = torch.tensor(list(STYLE_SHARES.values()))
-    picks = torch.multinomial(shares, len(chosen), replacement=True, generator=generator).tolist()
-    turns = torch.randint(2**31, (len(chosen),), generator=generator).tolist()
+    picks = torch.multinomial(shares, classes, replacement=True, generator=generator).tolist()
+    turns = torch.randint(2**31, (classes,), generator=generator).tolist()
     rows = []
     for label, pick, turn in zip(chosen.tolist(), picks, turns, strict=True):
-        of_style = ids[styles[pick]]
+        of_style = prompts.ids[styles[pick]]
         rows.append(of_style[turn % len(of_style), label])
     side = CANVAS // LATENT_SHRINK
-    noise = torch.randn(len(chosen), IMAGES_OF_CLASS, LATENT_CHANNELS, side, side, generator=generator)
+    noise = torch.randn(classes, each, LATENT_CHANNELS, side, side, generator=generator)
     return Batch(chosen, torch.stack(rows), noise)

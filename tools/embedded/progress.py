@@ -10,10 +10,9 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from submission.errors import OutputError
-from tools.embedded.layout import TRAINED, Networks
 
 WARM_UP = 50  # steps
 CLIP_NORM = 1.0
@@ -22,10 +21,11 @@ LOG_EVERY = 50  # steps that a line of the log is the mean of
 
 @dataclass
 class Progress:
-    """Where the training stands; with the networks, all that a resumed one needs."""
+    """Where the training stands, `networks` by name included: all that a resumed one needs."""
 
     output: Path
     save_every: int  # steps
+    networks: dict[str, nn.Module]
     stage: str = "vae"
     step: int = 0  # done in this stage
     seconds: float = 0.0  # of steps so far, over all starts
@@ -35,7 +35,7 @@ class Progress:
     generator: torch.Generator = field(default_factory=torch.Generator)
 
 
-def start(progress: Progress, networks: Networks, *, resume: bool) -> None:
+def start(progress: Progress, *, resume: bool) -> None:
     """Make the output folder ready: take up its state, or refuse one that holds a training already.
 
     Raises OutputError.
@@ -46,23 +46,22 @@ def start(progress: Progress, networks: Networks, *, resume: bool) -> None:
         if kept.exists() and not resume:
             raise OutputError(f"{kept} is there from another training: go on with --resume, or choose another --output")
         if kept.exists():
-            _load(kept, networks, progress)
+            _load(kept, progress)
         else:
-            for other in progress.output.glob("critics_*.pt"):
+            for other in progress.output.glob("critic.pt"):
                 other.unlink()  # of another training
         (progress.output / "training.log").write_text("".join(line + "\n" for line in progress.log))
     except OSError as error:
         raise OutputError(f"{progress.output}: cannot be written: {error.strerror}") from error
 
 
-def begin_stage(progress: Progress, networks: Networks, stage: str) -> None:
+def begin_stage(progress: Progress, stage: str) -> None:
     progress.stage, progress.step, progress.optimisers, progress.unlogged = stage, 0, None, []
-    save(progress, networks)
+    save(progress)
 
 
 def steps(
     progress: Progress,
-    networks: Networks,
     optimisers: Sequence[torch.optim.Optimizer],
     total: int,
     on_save: Callable[[], None] = lambda: None,
@@ -87,7 +86,7 @@ def steps(
         progress.seconds += time.monotonic() - started
         if progress.step % progress.save_every == 0 or progress.step == total:
             progress.optimisers = [optimiser.state_dict() for optimiser in optimisers]
-            save(progress, networks)
+            save(progress)
             on_save()
 
 
@@ -117,10 +116,10 @@ def record(progress: Progress, **losses: float) -> None:
     print(f"{line} ({progress.seconds:.0f} s)", flush=True)
 
 
-def save(progress: Progress, networks: Networks) -> None:
+def save(progress: Progress) -> None:
     """Put everything that a resumed run needs into one file."""
     state = {
-        "networks": {name: getattr(networks, name).state_dict() for name in TRAINED},
+        "networks": {name: network.state_dict() for name, network in progress.networks.items()},
         "stage": progress.stage,
         "step": progress.step,
         "seconds": progress.seconds,
@@ -139,10 +138,10 @@ def save_whole(value: Any, path: Path) -> None:
     unfinished.replace(path)
 
 
-def _load(path: Path, networks: Networks, progress: Progress) -> None:
+def _load(path: Path, progress: Progress) -> None:
     state = torch.load(path, weights_only=True)
-    for name in TRAINED:
-        getattr(networks, name).load_state_dict(state["networks"][name])
+    for name, network in progress.networks.items():
+        network.load_state_dict(state["networks"][name])
     progress.generator.set_state(state["generator"])
     for name in ("stage", "step", "seconds", "optimisers", "log", "unlogged"):
         setattr(progress, name, state[name])

@@ -6,45 +6,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.embedded.layout import LATENT_SCALE, Networks
+from tools.embedded.critic import Critic, difference
+from tools.embedded.images import RealImages, to_unit
+from tools.embedded.layout import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHRINK, Networks
 from tools.embedded.progress import Progress, record, steps, update
 
 BATCH = 48
 RATE = 2e-3
+SEEN_WEIGHT = 0.3  # of what the critic sees, a share of its variance
 KL_WEIGHT = 1e-3  # per latent, against an L1 of pixels in -1..1: keeps latents smooth, costs next to no detail
-NORMALISE_ON = 2048  # images the latents' mean and std are taken from
+NORMALISE_ON = 7  # images of each class that the latents' mean and std are taken from
 ENCODED_AT_ONCE = 256
 
 
-def train_vae(networks: Networks, progress: Progress, pixels: Tensor, total: int) -> None:
-    """Reconstruct images, uint8 `[N, 3, s, s]`, for `total` steps: L1 on pixels plus a light KL term, the
+def train_vae(networks: Networks, critic: Critic, progress: Progress, images: RealImages, total: int) -> None:
+    """Reconstruct images for `total` steps: L1 on pixels, what the critic sees, and a light KL term, the
     reparameterised posterior in between. Then normalise the latents."""
     vae = networks.vae
     parameters = list(vae.parameters())
     optimisers = [torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)]
-    for _ in steps(progress, networks, optimisers, total):
-        batch = draw(pixels, BATCH, progress.generator)
+
+    @torch.compile
+    def reconstruct(batch: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         posterior = vae.encode(batch).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=progress.generator)
-        reconstructed = vae.decode(posterior.mean + posterior.std * noise).sample
-        error = (reconstructed - batch).abs().mean()
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        update(optimisers, parameters, error + KL_WEIGHT * kl)
-        decibels = -10 * math.log10((reconstructed.detach() - batch).square().mean().item() / 4)
-        record(progress, loss=error.item(), kl=kl.item(), psnr=decibels)
-    normalise_latents(vae, draw(pixels, NORMALISE_ON, progress.generator))
+        made: Tensor = vae.decode(posterior.mean + posterior.std * noise).sample
+        kl: Tensor = posterior.kl()
+        return made, kl
 
-
-def draw(pixels: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """`count` of the images at random, mirrored by a coin, float32 in -1..1 as diffusers' VAEs expect them."""
-    chosen = to_unit(pixels[torch.randint(len(pixels), (count,), generator=generator)])
-    heads = torch.rand(count, 1, 1, 1, generator=generator) < 0.5
-    return torch.where(heads, chosen.flip(-1), chosen).contiguous(memory_format=torch.channels_last)
-
-
-def to_unit(pixels: Tensor) -> Tensor:
-    """uint8 to float32 in -1..1."""
-    return pixels.float() / 127.5 - 1
+    labels = images.labels
+    for _ in steps(progress, optimisers, total):
+        classes = labels[torch.randint(len(labels), (BATCH,), generator=progress.generator)]
+        batch = images.draw(classes, 1, progress.generator)
+        side = batch.shape[-1] // LATENT_SHRINK
+        noise = torch.randn(BATCH, LATENT_CHANNELS, side, side, generator=progress.generator)
+        with torch.autocast("cpu", torch.bfloat16):
+            made, kl = reconstruct(batch, noise)
+        made, kl = made.float(), kl.float().mean() / noise[0].numel()
+        error = (made - batch).abs().mean()
+        seen = difference(critic, made, batch)
+        update(optimisers, parameters, error + SEEN_WEIGHT * seen + KL_WEIGHT * kl)
+        decibels = -10 * math.log10((made.detach() - batch).square().mean().item() / 4)
+        record(progress, loss=error.item(), seen=seen.item(), kl=kl.item(), psnr=decibels)
+    normalise_latents(vae, images.draw(torch.arange(len(images.counts)), NORMALISE_ON, progress.generator))
 
 
 @torch.no_grad()
@@ -67,9 +70,8 @@ def normalise_latents(vae: Any, pixels: Tensor) -> None:
 
 @torch.no_grad()
 def encode_images(vae: Any, pixels: Tensor) -> Tensor:
-    """Posterior means at unit scale, float32 `[..., 4, s/4, s/4]`, of images, uint8 `[..., 3, s, s]`."""
+    """Posterior means at unit scale, float32 `[n, 4, s/4, s/4]`, of images, uint8 `[n, 3, s, s]`."""
     means = []
-    for part in torch.split(pixels.flatten(0, -4), ENCODED_AT_ONCE):
+    for part in torch.split(pixels, ENCODED_AT_ONCE):
         means.append(vae.encode(to_unit(part).contiguous(memory_format=torch.channels_last)).latent_dist.mean)
-    latents = torch.cat(means) * LATENT_SCALE
-    return latents.view(*pixels.shape[:-3], *latents.shape[1:])
+    return torch.cat(means) * LATENT_SCALE

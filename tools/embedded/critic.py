@@ -1,0 +1,88 @@
+"""The critic: the evaluator's own network, after it has learnt to tell the real classes of all tasks apart.
+
+What a picture is worth is decided by such a network that learns from it. What this one sees in a picture, the VAE is
+held to keep: a Gaussian of the latents then has more of it, and of what no such network sees, less.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tools.convnet import ConvNet
+from tools.embedded.images import RealImages, to_unit
+from tools.training import Measure, Schedule, train
+
+SIZE = 32  # pixels of the pictures it sees
+STEPS = 1000  # of SGD; its accuracy on images of 300 classes still rises slowly then
+PROGRESS_EVERY = 50  # steps
+
+# What the pixels are normalised with: CIFAR-100's mean and std of pixels in 0..1, for the images of all tasks.
+MEAN, STD = (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)
+
+# What the critic sees in normalised pictures `[N, 3, SIZE, SIZE]`: the output of each of its blocks, float32 `[N, 128,
+# w, w]` with w SIZE/2, SIZE/4 and SIZE/8.
+Critic = Callable[[Tensor], list[Tensor]]
+
+
+def train_critic(images: RealImages, seed: int) -> dict[str, Tensor]:
+    """Weights of a ConvNet that learnt images SIZE px wide, trained as the evaluator trains.
+
+    Draws from torch's global generators, seeded by `seed`, and leaves them as they were.
+    """
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = ConvNet(len(images.counts), SIZE)
+        compiled = torch.compile(network)
+
+        def forward(batch: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits: Tensor = compiled(batch)
+            return logits.float()
+
+        def tell(step: int, measure: Measure) -> None:
+            if step % PROGRESS_EVERY == 0:
+                print(f"critic {step} loss={measure.loss:.3f} accuracy={measure.accuracy:.3f}", flush=True)
+
+        pixels = torch.cat([normalised(to_unit(of_class)).half() for of_class in images.by_class()])
+        train(network, pixels, images.labels, Schedule(max_steps=STEPS), tell, forward)
+    return network.state_dict()
+
+
+def load_critic(weights: dict[str, Tensor]) -> Critic:
+    """The critic of these weights. Gradients go to the pictures alone."""
+    network = ConvNet(len(weights["classifier.bias"]), SIZE).requires_grad_(False)
+    network.load_state_dict(weights)
+
+    @torch.compile
+    def run(pictures: Tensor) -> list[Tensor]:
+        blocks = []
+        for layer in network.features:
+            # Not in place: the gradient needs what came in.
+            pictures = F.relu(pictures) if isinstance(layer, nn.ReLU) else layer(pictures)
+            if isinstance(layer, nn.AvgPool2d):
+                blocks.append(pictures)
+        return blocks
+
+    def critic(pictures: Tensor) -> list[Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return [block.float() for block in run(pictures)]
+
+    return critic
+
+
+def difference(critic: Critic, made: Tensor, real: Tensor) -> Tensor:
+    """How differently the critic sees two batches of pictures in -1..1: the squared error of each block's output over
+    its variance in the real ones, the mean of the blocks. A scalar with the gradient to `made`."""
+    errors = []
+    for block in critic(normalised(torch.cat([made, real]))):
+        of_made, of_real = block.chunk(2)
+        errors.append((of_made - of_real).square().mean() / of_real.var())
+    return torch.stack(errors).mean()
+
+
+def normalised(pictures: Tensor) -> Tensor:
+    """Pixels in -1..1, `[N, 3, h, w]`, as the critic gets them: less the mean, over the std."""
+    mean, std = (torch.tensor(values, dtype=pictures.dtype).view(3, 1, 1) for values in (MEAN, STD))
+    return (pictures / 2 + 0.5 - mean) / std
