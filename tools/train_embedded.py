@@ -31,14 +31,7 @@ from tools.embedded.critic import STEPS, Critic, load_critic, train_critic
 from tools.embedded.gaussians import fit_class_gaussians
 from tools.embedded.images import RealImages
 from tools.embedded.layout import LATENT_SCALE, TRAINED, Networks, build_networks, save_networks, token_ids
-from tools.embedded.one_step import (
-    CANVAS,
-    STYLE_SHARES,
-    Batch,
-    make,
-    prompts_of,
-    train_one_step,
-)
+from tools.embedded.one_step import CANVAS, STYLE_SHARES, Batch, make, prompts_of, train_one_step
 from tools.embedded.progress import Progress, begin_stage, save_whole, start
 from tools.training import keep_freed_memory
 from tools.training_data import SOURCES, load_training_images

@@ -28,7 +28,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 state = self.state[weight]
-                momentum = state.setdefault("momentum", torch.zeros_like(weight))
+                if not state:
+                    state["momentum"] = torch.zeros_like(weight)
+                momentum = state["momentum"]
                 momentum.mul_(MOMENTUM).add_(weight.grad)
                 update = orthogonal((weight.grad + MOMENTUM * momentum).flatten(1))
                 size = ADAMS_SIZE * max(update.shape) ** 0.5

@@ -9,14 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from submission.tasks import PromptStyle, Task
 from tools.embedded.gaussians import ClassGaussians, sample_class_gaussians
-from tools.embedded.layout import (
-    LATENT_CHANNELS,
-    LATENT_SHRINK,
-    Networks,
-    encode,
-    one_step_latents,
-    token_ids,
-)
+from tools.embedded.layout import LATENT_CHANNELS, LATENT_SHRINK, Networks, encode, one_step_latents, token_ids
 from tools.embedded.muon import Muon
 from tools.embedded.progress import Progress, record, steps, update
 

@@ -48,8 +48,7 @@ def start(progress: Progress, *, resume: bool) -> None:
         if kept.exists():
             _load(kept, progress)
         else:
-            for other in progress.output.glob("critic.pt"):
-                other.unlink()  # of another training
+            (progress.output / "critic.pt").unlink(missing_ok=True)  # of another training
         (progress.output / "training.log").write_text("".join(line + "\n" for line in progress.log))
     except OSError as error:
         raise OutputError(f"{progress.output}: cannot be written: {error.strerror}") from error

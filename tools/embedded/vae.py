@@ -13,7 +13,7 @@ from tools.embedded.progress import Progress, record, steps, update
 
 BATCH = 48
 RATE = 2e-3
-SEEN_WEIGHT = 0.3  # of what the critic sees, a share of its variance
+SEEN_WEIGHT = 0.3  # of what the critic sees, a share of its variance; not tuned
 KL_WEIGHT = 1e-3  # per latent, against an L1 of pixels in -1..1: keeps latents smooth, costs next to no detail
 NORMALISE_ON = 7  # images of each class that the latents' mean and std are taken from
 ENCODED_AT_ONCE = 256
