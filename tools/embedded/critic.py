@@ -4,12 +4,15 @@ What a picture is worth is decided by such a network that learns from it. What t
 held to keep: a Gaussian of the latents then has more of it, and of what no such network sees, less.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from submission.dataset_file import mean_and_std
+from submission.tasks import load_task
 from tools.convnet import ConvNet
 from tools.embedded.images import RealImages, to_unit
 from tools.training import Measure, Schedule, train
@@ -17,9 +20,6 @@ from tools.training import Measure, Schedule, train
 SIZE = 32  # pixels of the pictures it sees
 STEPS = 1000  # of SGD; its accuracy on images of 300 classes still rises slowly then
 PROGRESS_EVERY = 50  # steps
-
-# What the pixels are normalised with: CIFAR-100's mean and std of pixels in 0..1, for the images of all tasks.
-MEAN, STD = (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)
 
 # What the critic sees in normalised pictures `[N, 3, SIZE, SIZE]`: the output of each of its blocks, float32 `[N, 128,
 # w, w]` with w SIZE/2, SIZE/4 and SIZE/8.
@@ -83,6 +83,11 @@ def difference(critic: Critic, made: Tensor, real: Tensor) -> Tensor:
 
 
 def normalised(pictures: Tensor) -> Tensor:
-    """Pixels in -1..1, `[N, 3, h, w]`, as the critic gets them: less the mean, over the std."""
-    mean, std = (torch.tensor(values, dtype=pictures.dtype).view(3, 1, 1) for values in (MEAN, STD))
+    """Pixels in -1..1, `[N, 3, h, w]`, as the critic gets them: normalised as CIFAR-100's, whatever the task."""
+    mean, std = _cifar100_mean_and_std()
     return (pictures / 2 + 0.5 - mean) / std
+
+
+@functools.cache
+def _cifar100_mean_and_std() -> tuple[Tensor, Tensor]:
+    return mean_and_std(load_task("cifar100"))

@@ -64,7 +64,7 @@ def train_one_step(
     sample of the class's own Gaussian."""
     parameters, optimisers = optimisers_of(networks)
     for _ in steps(progress, optimisers, total, on_save):
-        batch = draw_batch(prompts, CLASSES_IN_BATCH, IMAGES_OF_CLASS, progress.generator)
+        batch = draw_batch(prompts, progress.generator)
         error = make(networks, batch) - sample_class_gaussians(gaussians, batch.classes, batch.noise)
         regression, of_mean = error.square().mean(), error.mean(dim=1).square().mean()
         update(optimisers, parameters, regression + MEAN_WEIGHT * of_mean)
@@ -90,17 +90,17 @@ def make(networks: Networks, batch: Batch) -> Tensor:
     return latents.float().view_as(batch.noise)
 
 
-def draw_batch(prompts: Prompts, classes: int, each: int, generator: torch.Generator) -> Batch:
-    """Classes without repetition, a style and a phrasing for each, and noise for `each` images of it."""
-    chosen = torch.multinomial(prompts.shares, classes, generator=generator)
+def draw_batch(prompts: Prompts, generator: torch.Generator) -> Batch:
+    """Classes without repetition, a style and a phrasing for each, and noise for several images of each."""
+    chosen = torch.multinomial(prompts.shares, CLASSES_IN_BATCH, generator=generator)
     styles = list(STYLE_SHARES)
     shares = torch.tensor(list(STYLE_SHARES.values()))
-    picks = torch.multinomial(shares, classes, replacement=True, generator=generator).tolist()
-    turns = torch.randint(2**31, (classes,), generator=generator).tolist()
+    picks = torch.multinomial(shares, len(chosen), replacement=True, generator=generator).tolist()
+    turns = torch.randint(2**31, (len(chosen),), generator=generator).tolist()
     rows = []
     for label, pick, turn in zip(chosen.tolist(), picks, turns, strict=True):
         of_style = prompts.ids[styles[pick]]
         rows.append(of_style[turn % len(of_style), label])
     side = CANVAS // LATENT_SHRINK
-    noise = torch.randn(classes, each, LATENT_CHANNELS, side, side, generator=generator)
+    noise = torch.randn(len(chosen), IMAGES_OF_CLASS, LATENT_CHANNELS, side, side, generator=generator)
     return Batch(chosen, torch.stack(rows), noise)
