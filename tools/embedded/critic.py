@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from submission.dataset_file import mean_and_std
 from submission.tasks import load_task
 from tools.convnet import ConvNet
+from tools.embedded.arithmetic import autocast
 from tools.embedded.images import RealImages, to_unit
 from tools.training import Measure, Schedule, train
 
@@ -37,7 +38,7 @@ def train_critic(images: RealImages, seed: int) -> dict[str, Tensor]:
         compiled = torch.compile(network)
 
         def forward(batch: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
+            with autocast():
                 logits: Tensor = compiled(batch)
             return logits.float()
 
@@ -66,7 +67,7 @@ def load_critic(weights: dict[str, Tensor]) -> Critic:
         return blocks
 
     def critic(pictures: Tensor) -> list[Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             return [block.float() for block in run(pictures)]
 
     return critic

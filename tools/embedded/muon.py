@@ -9,6 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from tools.embedded.arithmetic import compute_dtype
+
 MOMENTUM = 0.95
 # The quintic that takes singular values in 0..1 to about 1 within five turns, and the factor that gives an update the
 # size of Adam's (0.2 is the RMS of Adam's updates): Jordan et al. 2024; Liu et al. 2025, "Muon is scalable".
@@ -38,10 +40,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About the nearest matrix whose singular values are all 1, by Newton-Schulz in bfloat16."""
+    """About the nearest matrix whose singular values are all 1, by Newton-Schulz, which bears few digits."""
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).bfloat16()
+    x = (matrix.T if tall else matrix).to(compute_dtype())
     x = x / (x.norm() + 1e-7)
     for _ in range(TURNS):
         gram = x @ x.T

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from submission.tasks import PromptStyle, Task
+from tools.embedded.arithmetic import autocast
 from tools.embedded.gaussians import ClassGaussians, sample_class_gaussians
 from tools.embedded.layout import LATENT_CHANNELS, LATENT_SHRINK, Networks, encode, one_step_latents, token_ids
 from tools.embedded.muon import Muon
@@ -83,7 +84,7 @@ def optimisers_of(networks: Networks) -> tuple[list[Tensor], list[torch.optim.Op
 def make(networks: Networks, batch: Batch) -> Tensor:
     """Latents of unit scale, float32, in the shape of the batch's noise."""
     # The fused attention of torch is slow at so few tokens: its backward pass alone took a quarter of a step.
-    with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+    with autocast(), sdpa_kernel(SDPBackend.MATH):
         conditioning = encode(networks, batch.ids)
         each = type(conditioning)(*(part.repeat_interleave(batch.noise.shape[1], dim=0) for part in conditioning))
         latents = one_step_latents(networks, batch.noise.flatten(0, 1), each, CANVAS)

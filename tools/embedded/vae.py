@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tools.embedded.arithmetic import autocast
 from tools.embedded.critic import Critic, difference
 from tools.embedded.images import RealImages, to_unit
 from tools.embedded.layout import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHRINK, Networks
@@ -39,7 +40,7 @@ def train_vae(networks: Networks, critic: Critic, progress: Progress, images: Re
         batch = images.draw(classes, 1, progress.generator)
         side = batch.shape[-1] // LATENT_SHRINK
         noise = torch.randn(BATCH, LATENT_CHANNELS, side, side, generator=progress.generator)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             made, kl = reconstruct(batch, noise)
         made, kl = made.float(), kl.float().mean() / noise[0].numel()
         error = (made - batch).abs().mean()
