@@ -2,7 +2,8 @@
 
 The story, top to bottom: the critic, a network like the evaluator's, learns to tell the real images apart; the VAE
 learns to keep what the critic sees in them; the UNet and both text encoders together learn to turn noise and a prompt,
-in the one step the job takes, into a sample of the Gaussian that latents of the prompt's class have.
+in the one step the job takes, into a sample of the Gaussian that latents of the prompt's class have; then they are
+sharpened: a critic that has not learnt much yet is to learn from the samples what real classes look like.
 
     ./run.sh train-embedded --data ../shared/data --output outputs/embedded
 
@@ -14,6 +15,7 @@ import json
 import logging
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +29,13 @@ from submission.errors import InputFileError, UsageError
 from submission.tasks import Task, load_task
 from tools.command import exit_code_of
 from tools.embedded import vae
-from tools.embedded.critic import STEPS, Critic, load_critic, train_critic
+from tools.embedded.critic import EARLY, STEPS, Critic, load_critic, train_critic
 from tools.embedded.gaussians import fit_class_gaussians
 from tools.embedded.images import RealImages
-from tools.embedded.layout import LATENT_SCALE, TRAINED, Networks, build_networks, save_networks, token_ids
+from tools.embedded.layout import TRAINED, Networks, build_networks, save_networks, token_ids
 from tools.embedded.one_step import CANVAS, STYLE_SHARES, Batch, make, prompts_of, train_one_step
 from tools.embedded.progress import Progress, begin_stage, save_whole, start
+from tools.embedded.sharpen import train_sharpen
 from tools.training import keep_freed_memory
 from tools.training_data import SOURCES, load_training_images
 
@@ -50,6 +53,7 @@ class Options:
     seed: int
     vae_steps: int
     steps: int
+    sharpen_steps: int
     save_every: int
     resume: bool
     threads: int
@@ -86,6 +90,13 @@ def build_parser() -> Parser:
         "--steps", type=int, default=3500, metavar="N", help="those of UNet and text encoders (default: 3500)"
     )
     parser.add_argument(
+        "--sharpen-steps",
+        type=int,
+        default=50,
+        metavar="N",
+        help="those of the same, judged by critics (default: 50)",
+    )
+    parser.add_argument(
         "--save-every",
         type=int,
         default=200,
@@ -106,8 +117,8 @@ def build_parser() -> Parser:
 def parse(argv: list[str] | None) -> Options:
     """Raises UsageError."""
     options = Options(**vars(build_parser().parse_args(argv)))
-    if min(options.vae_steps, options.steps, options.save_every, options.threads) < 1:
-        raise UsageError("--vae-steps, --steps, --save-every and --threads must be at least 1")
+    if min(options.vae_steps, options.steps, options.sharpen_steps, options.save_every, options.threads) < 1:
+        raise UsageError("--vae-steps, --steps, --sharpen-steps, --save-every and --threads must be at least 1")
     return options
 
 
@@ -125,15 +136,19 @@ def train(options: Options) -> None:
     progress.generator.manual_seed(options.seed)
     start(progress, resume=options.resume)
     images = real_images(options.data, tasks)
+    critics = critics_of(options, images)
     if progress.stage == "vae":
-        vae.train_vae(networks, critic_of(options, images), progress, images, options.vae_steps)
+        vae.train_vae(networks, critics[STEPS], progress, images, options.vae_steps)
         begin_stage(progress, "one_step")
     networks.vae.requires_grad_(False)
     gaussians = fit_class_gaussians([vae.encode_images(networks.vae, mirrored_too(c)) for c in images.by_class()])
     prompts = prompts_of(networks, tasks, images.counts)
-    train_one_step(
-        networks, progress, prompts, gaussians, options.steps, lambda: draw_samples(options, networks, tasks)
-    )
+    on_save = partial(draw_samples, options, networks, tasks)
+    if progress.stage == "one_step":
+        train_one_step(networks, progress, prompts, gaussians, options.steps, on_save)
+        begin_stage(progress, "sharpen")
+    early = [critics[steps] for steps in EARLY]
+    train_sharpen(networks, progress, prompts, gaussians, early, images, options.sharpen_steps, on_save)
     write_checkpoint(options, networks, progress)
 
 
@@ -169,12 +184,12 @@ def shrunk(pixels: Tensor) -> Tensor:
     return F.interpolate(pixels, size=(CANVAS, CANVAS), mode="bilinear", antialias=True)
 
 
-def critic_of(options: Options, images: RealImages) -> Critic:
-    """The critic, which is kept in the output for a resumed run."""
+def critics_of(options: Options, images: RealImages) -> dict[int, Critic]:
+    """The critic after EARLY and all STEPS of its training, which are kept in the output for a resumed run."""
     kept = options.output / "critic.pt"
     if not kept.exists():
         save_whole(train_critic(images, options.seed), kept)
-    return load_critic(torch.load(kept, weights_only=True))
+    return {steps: load_critic(weights) for steps, weights in torch.load(kept, weights_only=True).items()}
 
 
 @torch.no_grad()
@@ -186,7 +201,7 @@ def draw_samples(options: Options, networks: Networks, tasks: list[Task]) -> Non
         shape = (len(chosen), SHEET_IMAGES, 4, CANVAS // 4, CANVAS // 4)
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(options.seed))
         made = make(networks, Batch(chosen, token_ids(networks, [prompts[i] for i in chosen]), noise))
-        pixels = networks.vae.decode(made.flatten(0, 1) / LATENT_SCALE).sample
+        pixels = vae.decode_latents(networks.vae, made.flatten(0, 1))
         tiles = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().view(*shape[:2], 3, CANVAS, CANVAS)
         sheet = tiles.permute(0, 3, 1, 4, 2).reshape(-1, SHEET_IMAGES * CANVAS, 3).numpy()
         Image.fromarray(np.ascontiguousarray(sheet)).save(options.output / f"samples_{task.name}.png")
@@ -199,12 +214,14 @@ def write_checkpoint(options: Options, networks: Networks, progress: Progress) -
     summary = {
         "resolutions": [CANVAS],  # the job reads this; the rest is for people
         "data": {name: SOURCES[name] for name in TASKS},
-        "objective": "VAE: L1 + KL + critic's features; one step: regression to the class Gaussian",
+        "objective": "VAE: L1 + KL + critic's features; one step: regression to the class Gaussian, "
+        "then ridge regression from samples to real images",
         "seed": options.seed,
         "steps": {
             "critic": STEPS,
             "vae": options.vae_steps,
             "one_step": options.steps,
+            "sharpen": options.sharpen_steps,
         },
         "threads": options.threads,
         "seconds": round(progress.seconds),

@@ -33,10 +33,13 @@ STYLES: tuple[PromptStyle, ...] = ("label", "described", "diverse")
 SMALL = """
 import sys
 from tools import train_embedded
-from tools.embedded import critic, one_step, progress, vae
-critic.STEPS, critic.PROGRESS_EVERY = 2, 1
+from tools.embedded import critic, one_step, progress, sharpen, vae
+train_embedded.STEPS = critic.STEPS = 2
+train_embedded.EARLY = critic.EARLY = (1,)
+critic.PROGRESS_EVERY = 1
 vae.BATCH, vae.NORMALISE_ON, progress.LOG_EVERY = 4, 1, 2
 one_step.CLASSES_IN_BATCH, one_step.IMAGES_OF_CLASS = 4, 2
+sharpen.CLASSES_IN_BATCH, sharpen.IMAGES_OF_CLASS = 4, 2
 sys.exit(train_embedded.main(sys.argv[1:]))
 """
 
@@ -62,7 +65,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(data: Path, output: Path, *more: str) -> subprocess.Popen[str]:
-    options = ["--vae-steps", "4", "--steps", "6"]
+    options = ["--vae-steps", "4", "--steps", "4", "--sharpen-steps", "6"]
     options += ["--save-every", "3", "--threads", "1", "--seed", "5"]
     return subprocess.Popen(
         [sys.executable, "-c", SMALL, "--data", str(data), "--output", str(output), *options, *more],
@@ -90,7 +93,7 @@ def test_a_killed_training_resumes_to_the_same_losses(data: Path, trained: Path,
     process = start(data, tmp_path)
     log = tmp_path / "training.log"
     # Past the save of step 3 of the last stage, so that networks, optimisers and random numbers of all count.
-    while not (log.exists() and "one_step 4 " in log.read_text()):
+    while not (log.exists() and "sharpen 4 " in log.read_text()):
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

@@ -1,7 +1,8 @@
 """The critic: the evaluator's own network, after it has learnt to tell the real classes of all tasks apart.
 
 What a picture is worth is decided by such a network that learns from it. What this one sees in a picture, the VAE is
-held to keep: a Gaussian of the latents then has more of it, and of what no such network sees, less.
+held to keep: a Gaussian of the latents then has more of it, and of what no such network sees, less. As it was early in
+its training it judges the samples of the last stage.
 """
 
 import functools
@@ -20,6 +21,7 @@ from tools.training import Measure, Schedule, train
 
 SIZE = 32  # pixels of the pictures it sees
 STEPS = 1000  # of SGD; its accuracy on images of 300 classes still rises slowly then
+EARLY = (50, 100, 150, 200)  # steps after which it judges samples: where a network learns from them, it is no better
 PROGRESS_EVERY = 50  # steps
 
 # What the critic sees in normalised pictures `[N, 3, SIZE, SIZE]`: the output of each of its blocks, float32 `[N, 128,
@@ -27,11 +29,12 @@ PROGRESS_EVERY = 50  # steps
 Critic = Callable[[Tensor], list[Tensor]]
 
 
-def train_critic(images: RealImages, seed: int) -> dict[str, Tensor]:
-    """Weights of a ConvNet that learnt images SIZE px wide, trained as the evaluator trains.
+def train_critic(images: RealImages, seed: int) -> dict[int, dict[str, Tensor]]:
+    """Weights of a ConvNet that learnt images SIZE px wide, trained as the evaluator trains, after EARLY and all STEPS.
 
     Draws from torch's global generators, seeded by `seed`, and leaves them as they were.
     """
+    kept = {}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = ConvNet(len(images.counts), SIZE)
@@ -45,10 +48,12 @@ def train_critic(images: RealImages, seed: int) -> dict[str, Tensor]:
         def tell(step: int, measure: Measure) -> None:
             if step % PROGRESS_EVERY == 0:
                 print(f"critic {step} loss={measure.loss:.3f} accuracy={measure.accuracy:.3f}", flush=True)
+            if step in (*EARLY, STEPS):
+                kept[step] = {name: weight.clone() for name, weight in network.state_dict().items()}
 
         pixels = torch.cat([normalised(to_unit(of_class)).half() for of_class in images.by_class()])
         train(network, pixels, images.labels, Schedule(max_steps=STEPS), tell, forward)
-    return network.state_dict()
+    return kept
 
 
 def load_critic(weights: dict[str, Tensor]) -> Critic:

@@ -63,22 +63,28 @@ def train_one_step(
 ) -> None:
     """Train UNet and text encoders, for `total` steps, to a map that is known: the one that takes the same noise to a
     sample of the class's own Gaussian."""
-    parameters, optimisers = optimisers_of(networks)
+    parameters, optimisers = optimisers_of(networks, RATE)
     for _ in steps(progress, optimisers, total, on_save):
-        batch = draw_batch(prompts, progress.generator)
-        error = make(networks, batch) - sample_class_gaussians(gaussians, batch.classes, batch.noise)
-        regression, of_mean = error.square().mean(), error.mean(dim=1).square().mean()
-        update(optimisers, parameters, regression + MEAN_WEIGHT * of_mean)
+        batch = draw_batch(prompts, CLASSES_IN_BATCH, IMAGES_OF_CLASS, progress.generator)
+        target = sample_class_gaussians(gaussians, batch.classes, batch.noise)
+        regression, of_mean = errors(make(networks, batch), target)
+        update(optimisers, parameters, regression + of_mean)
         record(progress, regression=regression.item())
 
 
-def optimisers_of(networks: Networks) -> tuple[list[Tensor], list[torch.optim.Optimizer]]:
-    """What is trained to make latents, UNet and text encoders, and what trains it."""
+def errors(made: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean squared error of latents `[C, m, ...]`, and MEAN_WEIGHT times that of each class's mean."""
+    error = made - target
+    return error.square().mean(), MEAN_WEIGHT * error.mean(dim=1).square().mean()
+
+
+def optimisers_of(networks: Networks, rate: float) -> tuple[list[Tensor], list[torch.optim.Optimizer]]:
+    """What is trained to make latents, UNet and text encoders, and what trains it, at Muon's `rate`."""
     weights = [p for p in networks.unet.parameters() if p.ndim > 1]
     rest = [p for p in networks.unet.parameters() if p.ndim == 1]
     rest += [p for network in (networks.text_encoder, networks.text_encoder_2) for p in network.parameters()]
-    adam = torch.optim.AdamW(rest, lr=RATE * ADAMS_SHARE, betas=(0.9, 0.99), weight_decay=0.01)
-    return weights + rest, [Muon(weights, lr=RATE), adam]
+    adam = torch.optim.AdamW(rest, lr=rate * ADAMS_SHARE, betas=(0.9, 0.99), weight_decay=0.01)
+    return weights + rest, [Muon(weights, lr=rate), adam]
 
 
 def make(networks: Networks, batch: Batch) -> Tensor:
@@ -91,9 +97,9 @@ def make(networks: Networks, batch: Batch) -> Tensor:
     return latents.float().view_as(batch.noise)
 
 
-def draw_batch(prompts: Prompts, generator: torch.Generator) -> Batch:
+def draw_batch(prompts: Prompts, classes: int, images: int, generator: torch.Generator) -> Batch:
     """Classes without repetition, a style and a phrasing for each, and noise for several images of each."""
-    chosen = torch.multinomial(prompts.shares, CLASSES_IN_BATCH, generator=generator)
+    chosen = torch.multinomial(prompts.shares, classes, generator=generator)
     styles = list(STYLE_SHARES)
     shares = torch.tensor(list(STYLE_SHARES.values()))
     picks = torch.multinomial(shares, len(chosen), replacement=True, generator=generator).tolist()
@@ -103,5 +109,5 @@ def draw_batch(prompts: Prompts, generator: torch.Generator) -> Batch:
         of_style = prompts.ids[styles[pick]]
         rows.append(of_style[turn % len(of_style), label])
     side = CANVAS // LATENT_SHRINK
-    noise = torch.randn(len(chosen), IMAGES_OF_CLASS, LATENT_CHANNELS, side, side, generator=generator)
+    noise = torch.randn(len(chosen), images, LATENT_CHANNELS, side, side, generator=generator)
     return Batch(chosen, torch.stack(rows), noise)

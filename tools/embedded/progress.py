@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from submission.errors import OutputError
 
-WARM_UP = 50  # steps
+WARM_UP = 50  # steps, or a tenth of all where that is less
 CLIP_NORM = 1.0
 LOG_EVERY = 50  # steps that a line of the log is the mean of
 
@@ -67,16 +67,17 @@ def steps(
 ) -> Iterator[int]:
     """Numbers of the steps left to do, the learning rates set before each, the state saved after some.
 
-    The rates rise linearly over WARM_UP steps to what the optimisers were made with, and fall to nothing along half a
-    cosine.
+    The rates rise linearly over WARM_UP steps at most, to what the optimisers were made with, and fall to nothing along
+    half a cosine.
     """
     rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
     if progress.optimisers is not None:
         for optimiser, state in zip(optimisers, progress.optimisers, strict=True):
             optimiser.load_state_dict(state)
+    warm_up = min(WARM_UP, total / 10)
     for step in range(progress.step, total):
         started = time.monotonic()
-        factor = min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / total))
+        factor = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / total))
         for optimiser, highest in zip(optimisers, rates, strict=True):
             for group, rate in zip(optimiser.param_groups, highest, strict=True):
                 group["lr"] = rate * factor

@@ -76,3 +76,10 @@ def encode_images(vae: Any, pixels: Tensor) -> Tensor:
     for part in torch.split(pixels, ENCODED_AT_ONCE):
         means.append(vae.encode(to_unit(part).contiguous(memory_format=torch.channels_last)).latent_dist.mean)
     return torch.cat(means) * LATENT_SCALE
+
+
+def decode_latents(vae: Any, latents: Tensor) -> Tensor:
+    """Pictures in about -1..1, float32 `[n, 3, 4h, 4w]`, of latents of unit scale, `[n, 4, h, w]`."""
+    with autocast():
+        pictures: Tensor = vae.decode(latents.contiguous(memory_format=torch.channels_last) / LATENT_SCALE).sample
+    return pictures.float()
