@@ -21,7 +21,7 @@ from tools.training import Measure, Schedule, train
 
 SIZE = 32  # pixels of the pictures it sees
 STEPS = 1000  # of SGD; its accuracy on images of 300 classes still rises slowly then
-EARLY = (50, 100, 150, 200)  # steps after which it judges samples: where a network learns from them, it is no better
+EARLY = (50, 100, 150, 200)  # steps after which it is kept too, to judge samples as a network does that still learns
 PROGRESS_EVERY = 50  # steps
 
 # What the critic sees in normalised pictures `[N, 3, SIZE, SIZE]`: the output of each of its blocks, float32 `[N, 128,
