@@ -29,7 +29,7 @@ from submission.errors import InputFileError, UsageError
 from submission.tasks import Task, load_task
 from tools.command import exit_code_of
 from tools.embedded import vae
-from tools.embedded.critic import EARLY, STEPS, Critic, load_critic, train_critic
+from tools.embedded.critic import STEPS, Critic, load_critic, train_critic
 from tools.embedded.gaussians import fit_class_gaussians
 from tools.embedded.images import RealImages
 from tools.embedded.layout import TRAINED, Networks, build_networks, save_networks, token_ids
@@ -136,9 +136,9 @@ def train(options: Options) -> None:
     progress.generator.manual_seed(options.seed)
     start(progress, resume=options.resume)
     images = real_images(options.data, tasks)
-    critics = critics_of(options, images)
+    *early_critics, critic = critics_of(options, images)
     if progress.stage == "vae":
-        vae.train_vae(networks, critics[STEPS], progress, images, options.vae_steps)
+        vae.train_vae(networks, critic, progress, images, options.vae_steps)
         begin_stage(progress, "one_step")
     networks.vae.requires_grad_(False)
     gaussians = fit_class_gaussians([vae.encode_images(networks.vae, mirrored_too(c)) for c in images.by_class()])
@@ -147,8 +147,7 @@ def train(options: Options) -> None:
     if progress.stage == "one_step":
         train_one_step(networks, progress, prompts, gaussians, options.steps, on_save)
         begin_stage(progress, "sharpen")
-    early = [critics[steps] for steps in EARLY]
-    train_sharpen(networks, progress, prompts, gaussians, early, images, options.sharpen_steps, on_save)
+    train_sharpen(networks, progress, prompts, gaussians, early_critics, images, options.sharpen_steps, on_save)
     write_checkpoint(options, networks, progress)
 
 
@@ -184,12 +183,12 @@ def shrunk(pixels: Tensor) -> Tensor:
     return F.interpolate(pixels, size=(CANVAS, CANVAS), mode="bilinear", antialias=True)
 
 
-def critics_of(options: Options, images: RealImages) -> dict[int, Critic]:
-    """The critic after EARLY and all STEPS of its training, which are kept in the output for a resumed run."""
+def critics_of(options: Options, images: RealImages) -> list[Critic]:
+    """The critic, several times early in its training and at its end; the output keeps it for a resumed run."""
     kept = options.output / "critic.pt"
     if not kept.exists():
         save_whole(train_critic(images, options.seed), kept)
-    return {steps: load_critic(weights) for steps, weights in torch.load(kept, weights_only=True).items()}
+    return [load_critic(weights) for weights in torch.load(kept, weights_only=True)]
 
 
 @torch.no_grad()

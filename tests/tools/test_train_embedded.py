@@ -34,9 +34,7 @@ SMALL = """
 import sys
 from tools import train_embedded
 from tools.embedded import critic, one_step, progress, sharpen, vae
-train_embedded.STEPS = critic.STEPS = 2
-train_embedded.EARLY = critic.EARLY = (1,)
-critic.PROGRESS_EVERY = 1
+critic.EARLY, critic.STEPS, critic.PROGRESS_EVERY = (1,), 2, 1
 vae.BATCH, vae.NORMALISE_ON, progress.LOG_EVERY = 4, 1, 2
 one_step.CLASSES_IN_BATCH, one_step.IMAGES_OF_CLASS = 4, 2
 sharpen.CLASSES_IN_BATCH, sharpen.IMAGES_OF_CLASS = 4, 2

@@ -29,12 +29,12 @@ PROGRESS_EVERY = 50  # steps
 Critic = Callable[[Tensor], list[Tensor]]
 
 
-def train_critic(images: RealImages, seed: int) -> dict[int, dict[str, Tensor]]:
-    """Weights of a ConvNet that learnt images SIZE px wide, trained as the evaluator trains, after EARLY and all STEPS.
+def train_critic(images: RealImages, seed: int) -> list[dict[str, Tensor]]:
+    """Weights of a ConvNet that learns images SIZE px wide as the evaluator trains, after EARLY and then all STEPS.
 
     Draws from torch's global generators, seeded by `seed`, and leaves them as they were.
     """
-    kept = {}
+    kept = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = ConvNet(len(images.counts), SIZE)
@@ -49,7 +49,7 @@ def train_critic(images: RealImages, seed: int) -> dict[int, dict[str, Tensor]]:
             if step % PROGRESS_EVERY == 0:
                 print(f"critic {step} loss={measure.loss:.3f} accuracy={measure.accuracy:.3f}", flush=True)
             if step in (*EARLY, STEPS):
-                kept[step] = {name: weight.clone() for name, weight in network.state_dict().items()}
+                kept.append({name: weight.clone() for name, weight in network.state_dict().items()})
 
         pixels = torch.cat([normalised(to_unit(of_class)).half() for of_class in images.by_class()])
         train(network, pixels, images.labels, Schedule(max_steps=STEPS), tell, forward)

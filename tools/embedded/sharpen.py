@@ -23,7 +23,7 @@ from tools.embedded.vae import decode_latents
 CLASSES_IN_BATCH, IMAGES_OF_CLASS = 40, 16  # a batch: classes, images of each; as many real ones
 RATE = 7e-4
 RIDGE = 1.0  # times the mean of the kernel's diagonal; a tenth of it, and the predictions are worse than none
-# Of the squared error to the Gaussians. Without it, samples end as the few pictures of a class that are easy to learn.
+# Of the squared error to the Gaussians. Without it, samples became the few pictures of a class that are easy to learn.
 ANCHOR = 0.3
 
 
