@@ -38,6 +38,8 @@ from submission.work import Work
 NOBODY = 65534
 # The main function of a command line.
 Main = Callable[[list[str]], int]
+# Rounds before a device is stuck or fails: few, for a busy machine must come past them in a budget of seconds.
+FAULT_AFTER = 3
 # What a batch takes on the slow device.
 STUB_SECONDS = 0.8
 
@@ -155,10 +157,10 @@ def little_memory(loaded: Generator) -> None:
 
 
 def stuck_device(loaded: Generator) -> None:
-    """After some rounds a batch never comes back."""
+    """After FAULT_AFTER rounds a batch never comes back."""
 
     def before(numbers: NDArray[np.int64]) -> None:
-        if numbers[0] > 1000:
+        if numbers[0] >= 100 * FAULT_AFTER:  # CIFAR-100's images are numbered round after round
             print("the device is stuck", flush=True)
             time.sleep(1000)
 
@@ -191,10 +193,10 @@ def slow_device(loaded: Generator) -> None:
 
 
 def failing_device(loaded: Generator) -> None:
-    """After some rounds every batch fails."""
+    """After FAULT_AFTER rounds every batch fails."""
 
     def before(numbers: NDArray[np.int64]) -> None:
-        if numbers[0] > 1000:
+        if numbers[0] >= 100 * FAULT_AFTER:  # CIFAR-100's images are numbered round after round
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     _when_generating(loaded, before)
