@@ -60,22 +60,23 @@ def load_critic(weights: dict[str, Tensor]) -> Critic:
     """The critic of these weights. Gradients go to the pictures alone."""
     network = ConvNet(len(weights["classifier.bias"]), SIZE).requires_grad_(False)
     network.load_state_dict(weights)
-
-    @torch.compile
-    def run(pictures: Tensor) -> list[Tensor]:
-        blocks = []
-        for layer in network.features:
-            # Not in place: the gradient needs what came in.
-            pictures = F.relu(pictures) if isinstance(layer, nn.ReLU) else layer(pictures)
-            if isinstance(layer, nn.AvgPool2d):
-                blocks.append(pictures)
-        return blocks
+    run = torch.compile(_blocks, dynamic=False)  # the network an argument: one compilation serves all critics
 
     def critic(pictures: Tensor) -> list[Tensor]:
         with autocast():
-            return [block.float() for block in run(pictures)]
+            return [block.float() for block in run(network, pictures)]
 
     return critic
+
+
+def _blocks(network: ConvNet, pictures: Tensor) -> list[Tensor]:
+    blocks = []
+    for layer in network.features:
+        # Not in place: the gradient needs what came in.
+        pictures = F.relu(pictures) if isinstance(layer, nn.ReLU) else layer(pictures)
+        if isinstance(layer, nn.AvgPool2d):
+            blocks.append(pictures)
+    return blocks
 
 
 def difference(critic: Critic, made: Tensor, real: Tensor) -> Tensor:

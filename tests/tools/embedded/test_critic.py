@@ -27,13 +27,13 @@ def weights(images: RealImages) -> Iterator[list[dict[str, Tensor]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "STEPS", 3)
         patch.setattr(module, "EARLY", (1,))
-        patch.setattr(torch, "compile", lambda function: function)  # takes longer than to train so little
+        patch.setattr(torch, "compile", lambda function, **_: function)  # takes longer than to train so little
         yield train_critic(images, seed=3)
 
 
 @pytest.fixture
 def critic(weights: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch) -> Critic:
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     return load_critic(weights[-1])
 
 
@@ -41,7 +41,7 @@ def test_a_critic_is_a_function_of_its_seed_and_leaves_the_callers_numbers_alone
     images: RealImages, weights: list[dict[str, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "STEPS", 3)
-    monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     before = torch.get_rng_state()
     again, other = train_critic(images, seed=3), train_critic(images, seed=4)
     assert torch.equal(torch.get_rng_state(), before)
