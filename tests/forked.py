@@ -34,6 +34,7 @@ from submission.generator import Generator, load_generator
 from submission.progress import Log
 from submission.tasks import load_task
 from submission.work import Work
+from tools.embedded import critic, one_step, progress, sharpen, vae
 
 NOBODY = 65534
 # The main function of a command line.
@@ -239,6 +240,17 @@ def gpu_without_weights(_: object) -> None:
     offline(None)
     vars(torch.cuda).update(is_available=lambda: True, device_count=lambda: 1, set_device=lambda _: None)
     vars(job)["PROJECT"] = Path.cwd()
+
+
+def small_training(_: object) -> None:
+    """The trainer's batches are a few images, every other step has a line in the log. Nothing is compiled, which takes
+    longer than to train so little."""
+    torch._dynamo.config.disable = True
+    vars(critic).update(EARLY=(1,), STEPS=2, PROGRESS_EVERY=1)
+    vars(vae).update(BATCH=4, NORMALISE_ON=1)
+    vars(progress).update(LOG_EVERY=2)
+    for stage in (one_step, sharpen):
+        vars(stage).update(CLASSES_IN_BATCH=4, IMAGES_OF_CLASS=2)
 
 
 def interrupted(_: object) -> None:

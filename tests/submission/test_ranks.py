@@ -159,19 +159,16 @@ def only_ranks_rounds_are_left_out(manifest: dict[str, Any], rank: int) -> None:
 
 
 def test_two_processes_make_the_file_that_one_makes(tmp_path: Path) -> None:
+    options = ("--max-ipc", "13", "--aug-per-image", "2", "--batch-size", "100")
     files = []
-    for processes in ("1", "2"):
-        output = tmp_path / processes
-        options = ["--max-ipc", "13", "--aug-per-image", "2", "--batch-size", "100", "--output", str(output)]
-        command = [sys.executable, "-m", "submission", "cifar100", "--model", "embedded", "--device", "cpu", *options]
-        done = subprocess.run(
-            [*command, "--processes", processes], cwd=ROOT, check=False, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+    for ranks in (1, 2):
+        output = tmp_path / str(ranks)
+        processes = [forked.start(output, *options, rank=rank, ranks=ranks) for rank in range(ranks)]
+        assert [end(process) for process in processes] == [0] * ranks, said(output)
         files.append(images_of(output))
         manifest = json.loads((output / "cifar100.json").read_text())
-        assert manifest["processes"] == int(processes) and manifest["rounds"] == 13 and manifest["warnings"] == []
-        assert manifest["rounds_by_rank"] == ([13] if processes == "1" else [7, 6])
+        assert manifest["processes"] == ranks and manifest["rounds"] == 13 and manifest["warnings"] == []
+        assert manifest["rounds_by_rank"] == ([13] if ranks == 1 else [7, 6])
         names = {path.name for path in output.iterdir()}
         assert names == {f"cifar100.{kind}" for kind in ("html", "json", "png", "pt")}
     assert torch.equal(*files)

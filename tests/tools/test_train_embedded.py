@@ -1,13 +1,9 @@
 """Training the embedded checkpoint: it repeats itself, survives a kill, and what it writes is what diffusers loads."""
 
 import io
-import os
-import signal
-import subprocess
-import sys
-import time
 import zipfile
 from collections.abc import Iterator
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from submission.tasks import PromptStyle, Task, load_task
+from tests import forked
 from tools import train_embedded
 from tools.embedded import layout
 from tools.embedded.gaussians import fit_class_gaussians, sample_class_gaussians
@@ -28,18 +25,6 @@ ROOT = Path(__file__).parents[2]
 EMBEDDED = ROOT / "submission" / "pretrained"
 REAL = ROOT.parent / "shared" / "data"
 STYLES: tuple[PromptStyle, ...] = ("label", "described", "diverse")
-
-# The trainer with batches for a test: a few images a step, a line of the log every other step.
-SMALL = """
-import sys
-from tools import train_embedded
-from tools.embedded import critic, one_step, progress, sharpen, vae
-critic.EARLY, critic.STEPS, critic.PROGRESS_EVERY = (1,), 2, 1
-vae.BATCH, vae.NORMALISE_ON, progress.LOG_EVERY = 4, 1, 2
-one_step.CLASSES_IN_BATCH, one_step.IMAGES_OF_CLASS = 4, 2
-sharpen.CLASSES_IN_BATCH, sharpen.IMAGES_OF_CLASS = 4, 2
-sys.exit(train_embedded.main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -62,48 +47,44 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def start(data: Path, output: Path, *more: str) -> subprocess.Popen[str]:
+def start(data: Path, output: Path, *more: str) -> ForkServerProcess:
     options = ["--vae-steps", "4", "--steps", "4", "--sharpen-steps", "6"]
     options += ["--save-every", "3", "--threads", "1", "--seed", "5"]
-    return subprocess.Popen(
-        [sys.executable, "-c", SMALL, "--data", str(data), "--output", str(output), *options, *more],
-        cwd=ROOT,
-        env=os.environ | {"TORCHDYNAMO_DISABLE": "1"},  # to compile takes longer than to train so little
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
+    arguments = ["--data", str(data), "--output", str(output), *options, *more]
+    log = output.with_suffix(".errors")
+    return forked.start_command(
+        train_embedded.main, arguments, log, folder=ROOT, environment={}, fault="small_training"
     )
 
 
-def finish(process: subprocess.Popen[str]) -> None:
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
+def finish(process: ForkServerProcess, output: Path) -> None:
+    process.join(240)
+    assert process.exitcode == 0, output.with_suffix(".errors").read_text()
 
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("trained")
-    finish(start(data, output))
+    finish(start(data, output), output)
     return output
 
 
 def test_a_killed_training_resumes_to_the_same_losses(data: Path, trained: Path, tmp_path: Path) -> None:
-    process = start(data, tmp_path)
-    log = tmp_path / "training.log"
+    output = tmp_path / "out"
+    process = start(data, output)
+    log = output / "training.log"
     # Past the save of step 3 of the last stage, so that networks, optimisers and random numbers of all count.
-    while not (log.exists() and "sharpen 4 " in log.read_text()):
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert not (tmp_path / "checkpoint").exists(), "the kill came too late to test anything"
+    forked.wait_for(lambda: log.exists() and "sharpen 4 " in log.read_text(), process)
+    process.kill()
+    process.join()
+    assert not (output / "checkpoint").exists(), "the kill came too late to test anything"
 
-    finish(start(data, tmp_path, "--resume"))
+    finish(start(data, output, "--resume"), output)
 
     assert log.read_text() == (trained / "training.log").read_text()
     for name in ("unet/diffusion_pytorch_model", "text_encoder_2/model", "vae/diffusion_pytorch_model"):
         file = f"checkpoint/{name}.fp16.safetensors"
-        assert (tmp_path / file).read_bytes() == (trained / file).read_bytes()
+        assert (output / file).read_bytes() == (trained / file).read_bytes()
 
 
 def test_a_trained_checkpoint_loads_and_samples(trained: Path) -> None:
