@@ -38,6 +38,8 @@ SNAPSHOT_CORE = 0.25
 WATCH_TRUST, WATCH_GAIN = 0.15, 1.1
 # Batches measured before a budget is called too small: the first ones are slow.
 BATCHES_BEFORE_GIVING_UP = 3
+# Times as fast as the fastest batch so far that larger ones may yet be, while their size is still sought.
+BATCH_HOPE = 4.0
 # A batch that takes this many times as long as expected, and this many seconds longer, is an outage and no pace.
 STALL_FACTOR, STALL_SECONDS = 5.0, 1.0
 # Other ranks are waited for while the last file could take so many times as long as it cautiously should.
@@ -154,9 +156,9 @@ def make_plan(
 class Scheduler:
     """Measures and decides: the size of the next batch, when a snapshot is due, when to stop, what to write last.
 
-    It goes on while the fastest pace seen could still complete a round (trying costs nothing) and the cautious pace
-    leaves time to write what is there. `in_place` is what the file on disk holds, `spent` the seconds that snapshots
-    have taken from generation.
+    It goes on while the fastest pace seen, or to be hoped of larger batches, could still complete a round (trying costs
+    nothing) and the cautious pace leaves time to write what is there. `in_place` is what the file on disk holds,
+    `spent` the seconds that snapshots have taken from generation.
 
     `afterwards` are the seconds kept for what is made of the last file when it is in place, and given up for the file
     where need be.
@@ -234,7 +236,8 @@ class Scheduler:
         if not self.batches:  # the rounds are others': there is no pace yet
             return full if self.finish(self.shape.extent(self.rounds)) <= self.left else 0
         missing = classes - self.images % classes
-        hopeful = self.fastest * missing + self.finish(self.shape.extent(self.rounds + self.ranks))
+        fastest = self.fastest if self.batch.settled else self.fastest / BATCH_HOPE
+        hopeful = fastest * missing + self.finish(self.shape.extent(self.rounds + self.ranks))
         for size in (full, min(full, missing)):
             own, others = (self.images + size) // classes, (self.ranks - 1) * math.ceil(size / classes)
             after = self.shape.extent(self.elsewhere + own + others)

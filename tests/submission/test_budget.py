@@ -285,6 +285,17 @@ def test_the_guard_takes_over_when_the_file_should_have_been_begun() -> None:
     assert scheduler.late()
 
 
+def test_a_budget_is_not_called_too_small_before_larger_batches_are_tried() -> None:
+    """Images one by one would take 11 s, in batches of 16 they take 2."""
+    clock = FakeClock()
+    scheduler = Scheduler(Budget(6, 0.0, clock), Shape(100, 4, 500), FileCost(100, 0.5, 1e-5, 1e-5), BatchSize())
+    while size := scheduler.next_batch():
+        took = 0.1 + 0.01 * size
+        clock.now += took
+        scheduler.observe(size, took)
+    assert scheduler.rounds >= 1
+
+
 def test_a_budget_without_room_for_a_round_is_said_with_what_it_would_need() -> None:
     def scheduler_for(seconds: float) -> Scheduler:
         cost, batch = FileCost(100, 0.5, 1e-5, 1e-5), BatchSize(fixed=10)

@@ -236,7 +236,7 @@ def test_a_small_disk_bounds_the_file(small_disk: Path) -> None:
 
 def test_a_clock_that_is_set_changes_nothing(tmp_path: Path) -> None:
     output, began = tmp_path / "out", time.monotonic()
-    options = ("--budget", "8s", "--aug-per-image", "0", *NO_CAP)
+    options = ("--budget", "10s", "--aug-per-image", "0", *NO_CAP)
     assert end(forked.start(output, *options, fault="jumping_clock")) == 0, said(output)
     assert 4 < manifest_of(output)["elapsed_seconds"] <= time.monotonic() - began, "neither hour nor day was counted"
 
