@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch._dynamo.exc import BackendCompilerFailed
 
 from tools.convnet import ConvNet
 
@@ -41,7 +40,7 @@ def probe(net: ConvNet, batch_size: int) -> Arithmetic:
     images = torch.zeros(batch_size, 3, net.size, net.size, device=device)
     try:
         make_forward(net, batch_size, arithmetic)(images).sum().backward()  # type: ignore[no-untyped-call]
-    except BackendCompilerFailed:
+    except torch._dynamo.exc.BackendCompilerFailed:  # looked up late: to import it takes as long as torch
         return Arithmetic(compiled=False, bf16=bf16)
     return arithmetic
 
@@ -53,7 +52,7 @@ def make_forward(net: ConvNet, batch_size: int, arithmetic: Arithmetic) -> Calla
     every net of that shape in the process, and torch keeps it on disk for later ones.
     """
     device_type = next(net.parameters()).device.type
-    run = _compiled if arithmetic.compiled else ConvNet.forward
+    run = torch.compile(ConvNet.forward, dynamic=False) if arithmetic.compiled else ConvNet.forward
 
     def forward(images: torch.Tensor) -> torch.Tensor:
         filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, batch_size - len(images)))
@@ -61,9 +60,6 @@ def make_forward(net: ConvNet, batch_size: int, arithmetic: Arithmetic) -> Calla
             return run(net, filled)[: len(images)].float()
 
     return forward
-
-
-_compiled = torch.compile(ConvNet.forward, dynamic=False)
 
 
 def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:

@@ -107,7 +107,7 @@ def judge_after(schedule: Schedule, images: torch.Tensor, every: int, seed: int,
 def test_real_images_in_the_superclass_order() -> None:
     order = known_orders(CIFAR100)["by superclass"]
     images = real_subset(CIFAR100, ipc=10, seed=0).view(100, 10, 3, 32, 32)[list(order)].flatten(0, 1)
-    verdict = judge_after(Schedule(max_steps=40, batch_size=64), images, every=4, seed=0)
+    verdict = judge_after(Schedule(max_steps=20, batch_size=64), images, every=4, seed=0)
     assert verdict.suspect
     assert verdict.known_as == "by superclass"
     assert verdict.accuracy < 0.02 < verdict.best_accuracy
