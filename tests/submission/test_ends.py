@@ -351,10 +351,10 @@ def test_what_a_killed_job_left_is_cleared_away_and_said(tmp_path: Path) -> None
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """Rounds are put into the spool of an interrupted job: what is left to do is reading them and writing the file.
 
-    The same job takes some 100 MB more at one time than at another, by what of it happens at once. So many rounds are
-    added that holding even half of their bytes, which as floats are twice to four times as many, would be more.
+    The same job took up to 170 MB more at one time than at another, by what of it happens at once. So many rounds are
+    added that even half of their bytes, held in memory, would be more.
     """
-    peaks, few, many = {}, 50, 1500
+    peaks, few, many, a_round = {}, 50, 1500, 100 * 3 * 32 * 32
     for ipc in (few, many):
         output = tmp_path / str(ipc)
         process = start_and_wait(output, *NO_CAP)
@@ -365,7 +365,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
             dice = np.random.default_rng(0)
             for number in range(ipc - 1):
                 spool.append(dice.integers(0, 256, spool.shape, dtype=np.uint8), number)
-            a_round = np.prod(spool.shape)
         # One size of batch: the search ends at another every time, and each takes its own memory.
         options = ("--max-ipc", str(ipc), "--aug-per-image", "0", "--batch-size", "50", "--dtype", "float16")
         assert end(forked.start(output, "--resume", *options)) == 0
