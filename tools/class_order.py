@@ -90,14 +90,17 @@ def judge(task: Task, labels: torch.Tensor, runs: list[torch.Tensor]) -> Verdict
     for predictions in runs:
         confusion.index_put_((half, labels, predictions), torch.tensor(1), accumulate=True)
     total = confusion.sum(0)
+    guesses = int(total.sum())
     evaluators = tuple(range(classes))
-    accuracy = _accuracy(total, evaluators)
-    candidates: list[tuple[float, str | None, tuple[int, ...]]] = [
-        (_accuracy(total, order), name, order) for name, order in known_orders(task).items()
+    accuracy = _recognised(total, evaluators) / guesses
+    # The known ones first: `max` takes the first of those as good, and a known order is often the best matching too.
+    candidates: list[tuple[int, str | None, tuple[int, ...]]] = [
+        (_recognised(total, order), name, order) for name, order in known_orders(task).items()
     ]
-    right = sum(_accuracy(confusion[1 - h], _matching(confusion[h])) * confusion[1 - h].sum().item() for h in (0, 1))
-    candidates.append((right / total.sum().item(), None, _matching(total)))
-    best_accuracy, name, order = max(candidates, key=lambda candidate: candidate[0])
+    recognised = sum(_recognised(confusion[1 - h], _matching(confusion[h])) for h in (0, 1))
+    candidates.append((recognised, None, _matching(total)))
+    recognised, name, order = max(candidates, key=lambda candidate: candidate[0])
+    best_accuracy = recognised / guesses
     noise = math.sqrt((accuracy + best_accuracy) / len(labels))
     suspect = best_accuracy > max(FAR_BETTER * accuracy, accuracy + STANDARD_ERRORS * noise)
     if not suspect:
@@ -118,9 +121,9 @@ def known_orders(task: Task) -> dict[str, tuple[int, ...]]:
     return {name: order for name, order in orders.items() if order != tuple(range(len(names)))}
 
 
-def _accuracy(confusion: torch.Tensor, order: tuple[int, ...]) -> float:
-    """The share of images recognised if position p of the training set held class order[p]."""
-    return int(confusion[list(order), range(len(order))].sum()) / int(confusion.sum())
+def _recognised(confusion: torch.Tensor, order: tuple[int, ...]) -> int:
+    """How many images are recognised if position p of the training set held class order[p]."""
+    return int(confusion[list(order), range(len(order))].sum())
 
 
 def _matching(confusion: torch.Tensor) -> tuple[int, ...]:

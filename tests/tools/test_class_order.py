@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from submission.tasks import Task, load_task
@@ -49,7 +49,8 @@ def test_the_right_order_raises_no_alarm(accuracy: float, runs: int, images: int
 
 
 @given(accuracy=st.floats(0.06, 1), seed=st.integers(0, 99))
-@settings(max_examples=30, deadline=None, derandomize=True)  # a case in thousands fails: accuracy 0.330078125, seed 93
+@example(accuracy=0.330078125, seed=93)  # where shares instead of counts were compared, rounding hid the name
+@settings(max_examples=30, deadline=None)
 def test_the_superclass_order_is_named(accuracy: float, seed: int) -> None:
     labels = torch.arange(100).repeat(50)
     order = torch.tensor(known_orders(CIFAR100)["by superclass"])
