@@ -97,8 +97,8 @@ def judge(task: Task, labels: torch.Tensor, runs: list[torch.Tensor]) -> Verdict
     candidates: list[tuple[int, str | None, tuple[int, ...]]] = [
         (_recognised(total, order), name, order) for name, order in known_orders(task).items()
     ]
-    recognised = sum(_recognised(confusion[1 - h], _matching(confusion[h])) for h in (0, 1))
-    candidates.append((recognised, None, _matching(total)))
+    fitted = sum(_recognised(confusion[1 - h], _matching(confusion[h])) for h in (0, 1))
+    candidates.append((fitted, None, _matching(total)))
     recognised, name, order = max(candidates, key=lambda candidate: candidate[0])
     best_accuracy = recognised / guesses
     noise = math.sqrt((accuracy + best_accuracy) / len(labels))
