@@ -18,7 +18,7 @@ install() {
         echo "error: installing $requirements failed; the whole log is in .venv/install.log" >&2
         exit 1
     fi
-    # pip would compile on one core; on all of them, and it took 121 s instead of 150 on two. Like pip, this passes over
+    # pip would compile on one core; on all of them, two took a fifth off the installation. Like pip, this passes over
     # what does not compile: torch brings a file for newer Pythons.
     "$here/.venv/bin/python" -m compileall -q -j 0 "$here/.venv/lib" >>"$here/.venv/install.log" 2>&1 || true
     touch "$stamp"
