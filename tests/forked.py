@@ -34,7 +34,7 @@ from submission.generator import Generator, load_generator
 from submission.progress import Log
 from submission.tasks import load_task
 from submission.work import Work
-from tools.embedded import critic, one_step, progress, sharpen, vae
+from tools.embedded import critic, diffusion, distil, progress, vae
 
 NOBODY = 65534
 # The main function of a command line.
@@ -246,11 +246,11 @@ def small_training(_: object) -> None:
     """The trainer's batches are a few images, every other step has a line in the log. Nothing is compiled, which takes
     longer than to train so little."""
     torch._dynamo.config.disable = True
-    vars(critic).update(EARLY=(1,), STEPS=2, PROGRESS_EVERY=1)
+    vars(critic).update(STEPS=2, PROGRESS_EVERY=1)
     vars(vae).update(BATCH=4, NORMALISE_ON=1)
     vars(progress).update(LOG_EVERY=2)
-    for stage in (one_step, sharpen):
-        vars(stage).update(CLASSES_IN_BATCH=4, IMAGES_OF_CLASS=2)
+    vars(diffusion).update(BATCH=4, SOLVER_STEPS=2)
+    vars(distil).update(PAIRS=20, SOLVED_AT_ONCE=10, DISTIL_BATCH=4, MATCH_BATCH=4)
 
 
 def interrupted(_: object) -> None:

@@ -1,16 +1,18 @@
 """Train the embedded checkpoint: a text-to-image model of SDXL-Turbo's layout that knows the built-in tasks' prompts.
 
 The story, top to bottom: the critic, a network like the evaluator's, learns to tell the real images apart; the VAE
-learns to keep what the critic sees in them; the UNet and both text encoders together learn to turn noise and a prompt,
-in the one step the job takes, into a sample of the Gaussian that latents of the prompt's class have; then they are
-sharpened: a critic that has not learnt much yet is to learn from the samples what real classes look like.
+learns to keep what the critic sees in them; the teacher, a UNet, and both text encoders learn to take noise away from
+latents, a little at a time; the student, another, learns to make in the one step the job takes what the teacher makes
+in many: first where the teacher leads from each noise, then samples that are as likely as the teacher's.
 
     ./run.sh train-embedded --data ../shared/data --output outputs/embedded
 
 `OUTPUT/checkpoint` is the checkpoint, `OUTPUT/training.log` the losses, `OUTPUT/state.pt` what `--resume` goes on from,
-`OUTPUT/*.png` sample sheets. The same command, seed and thread count repeat the same losses, killed and resumed or not.
+`OUTPUT/*.png` sample sheets. On a CPU, the same command, seed and thread count repeat the same losses, killed and
+resumed or not; a GPU adds up in another order each time.
 """
 
+import copy
 import json
 import logging
 import sys
@@ -21,25 +23,39 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from submission.cli import Parser
 from submission.errors import InputFileError, UsageError
 from submission.tasks import Task, load_task
 from tools.command import exit_code_of
-from tools.embedded import vae
+from tools.embedded import diffusion, distil, vae
 from tools.embedded.critic import STEPS, Critic, load_critic, train_critic
-from tools.embedded.gaussians import fit_class_gaussians
+from tools.embedded.diffusion import noise_schedule, train_diffusion
+from tools.embedded.distil import Pairs, make_pairs, train_distil, train_match
 from tools.embedded.images import RealImages
-from tools.embedded.layout import TRAINED, Networks, build_networks, save_networks, token_ids
-from tools.embedded.one_step import CANVAS, STYLE_SHARES, Batch, make, prompts_of, train_one_step
+from tools.embedded.layout import (
+    LATENT_SHRINK,
+    TRAINED,
+    Conditioning,
+    Networks,
+    build_networks,
+    encode,
+    one_step_latents,
+    save_networks,
+    token_ids,
+)
 from tools.embedded.progress import Progress, begin_stage, save_whole, start
-from tools.embedded.sharpen import train_sharpen
+from tools.embedded.prompts import STYLE_SHARES, Prompts, encode_prompts, prompts_of
+from tools.evaluate import choose_device
 from tools.training import keep_freed_memory
 from tools.training_data import SOURCES, load_training_images
 
 TASKS = ("cifar100", "tinyimagenet")
+CANVAS = 32  # pixels that all pictures are made on; larger ones are enlarged from it, for a quarter of the work
 SHRUNK_AT_ONCE = 2048  # images
 SHEET_CLASSES, SHEET_IMAGES = 10, 8
 
@@ -52,10 +68,12 @@ class Options:
     output: Path
     seed: int
     vae_steps: int
-    steps: int
-    sharpen_steps: int
+    diffusion_steps: int
+    distil_steps: int
+    match_steps: int
     save_every: int
     resume: bool
+    device: str
     threads: int
 
 
@@ -68,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
 def build_parser() -> Parser:
     parser = Parser(
         prog="./run.sh train-embedded",
-        description="Trains the embedded checkpoint on real images: hours on two cores, to be stopped and resumed.",
+        description="Trains the embedded checkpoint on real images: minutes on a large GPU, a day on two cores, to be "
+        "stopped and resumed.",
         epilog="example:\n  ./run.sh train-embedded --data DATA --output outputs/embedded --resume\n\n"
         "exit codes: 0 trained; 2 usage; 5 output cannot be written; 6 the images were refused",
     )
@@ -79,31 +98,18 @@ def build_parser() -> Parser:
         "--output", type=Path, required=True, metavar="DIR", help="gets checkpoint, log, state and sample sheets"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (default: 0)")
-    parser.add_argument(
-        "--vae-steps",
-        type=int,
-        default=2400,
-        metavar="N",
-        help=f"optimiser steps of {vae.BATCH} images for the VAE (default: 2400)",
-    )
-    parser.add_argument(
-        "--steps", type=int, default=3500, metavar="N", help="those of UNet and text encoders (default: 3500)"
-    )
-    parser.add_argument(
-        "--sharpen-steps",
-        type=int,
-        default=50,
-        metavar="N",
-        help="those of the same, judged by critics (default: 50)",
-    )
-    parser.add_argument(
-        "--save-every",
-        type=int,
-        default=200,
-        metavar="N",
-        help="steps between saves of state and sample sheets (default: 200)",
-    )
+    for name, steps, of_what in (
+        ("--vae-steps", 5000, f"optimiser steps of {vae.BATCH} images for the VAE"),
+        ("--diffusion-steps", 6500, f"those of {diffusion.BATCH} latents for teacher and text encoders"),
+        ("--distil-steps", 600, f"those of {distil.DISTIL_BATCH} for the student, where the teacher leads"),
+        ("--match-steps", 900, f"those of {distil.MATCH_BATCH} for the student, as likely as the teacher's"),
+        ("--save-every", 500, "steps between saves of the state, and of sample sheets once there is a student"),
+    ):
+        parser.add_argument(name, type=int, default=steps, metavar="N", help=f"{of_what} (default: {steps})")
     parser.add_argument("--resume", action="store_true", help="go on from OUTPUT/state.pt where there is one")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any (default: auto)"
+    )
     parser.add_argument(
         "--threads",
         type=int,
@@ -117,37 +123,59 @@ def build_parser() -> Parser:
 def parse(argv: list[str] | None) -> Options:
     """Raises UsageError."""
     options = Options(**vars(build_parser().parse_args(argv)))
-    if min(options.vae_steps, options.steps, options.sharpen_steps, options.save_every, options.threads) < 1:
-        raise UsageError("--vae-steps, --steps, --sharpen-steps, --save-every and --threads must be at least 1")
+    for name in ("vae_steps", "diffusion_steps", "distil_steps", "match_steps", "save_every", "threads"):
+        if getattr(options, name) < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
     return options
 
 
 def train(options: Options) -> None:
     """All stages, or what is left of them. Raises InputFileError for the data, OutputError for the folder."""
     keep_freed_memory()
+    device = choose_device(options.device)
+    torch.backends.cudnn.benchmark = True  # every stage has batches of one shape
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     tasks = [load_task(name) for name in TASKS]
     networks = build_networks(all_prompts(tasks))
-    # Channels last is about three times as fast in these narrow convolutions on a CPU.
-    for network in (networks.unet, networks.vae):
-        network.to(memory_format=torch.channels_last)
-    progress = Progress(options.output, options.save_every, {name: getattr(networks, name) for name in TRAINED})
-    progress.generator.manual_seed(options.seed)
+    teacher, rival = copy.deepcopy(networks.unet), copy.deepcopy(networks.unet)
+    trained = {name: getattr(networks, name) for name in TRAINED} | {"teacher": teacher, "rival": rival}
+    for network in trained.values():
+        network.to(device)
+        if device.type == "cpu" and not isinstance(network, PreTrainedModel):
+            network.to(memory_format=torch.channels_last)  # about three times as fast in these narrow convolutions
+    progress = Progress(options.output, options.save_every, trained, torch.Generator(device).manual_seed(options.seed))
     start(progress, resume=options.resume)
-    images = real_images(options.data, tasks)
-    *early_critics, critic = critics_of(options, images)
+    images = real_images(options.data, tasks, device)
     if progress.stage == "vae":
-        vae.train_vae(networks, critic, progress, images, options.vae_steps)
-        begin_stage(progress, "one_step")
-    networks.vae.requires_grad_(False)
-    gaussians = fit_class_gaussians([vae.encode_images(networks.vae, mirrored_too(c)) for c in images.by_class()])
-    prompts = prompts_of(networks, tasks, images.counts)
+        vae.train_vae(networks, critic_of(options, images), progress, images, options.vae_steps)
+        begin_stage(progress, "diffusion")
+    prompts = prompts_of(networks, tasks, device)
+    if progress.stage == "diffusion":
+        # Mirrored too: a class is as likely to be seen so.
+        both = torch.cat([vae.encode_images(networks.vae, p) for p in (images.pixels, images.pixels.flip(-1))])
+        train_diffusion(networks, teacher, progress, prompts, both, images.labels.repeat(2), options.diffusion_steps)
+        for follower in (networks.unet, rival):
+            follower.load_state_dict(teacher.state_dict())
+        begin_stage(progress, "distil")
+    encoded = encode_prompts(networks, prompts)
     on_save = partial(draw_samples, options, networks, tasks)
-    if progress.stage == "one_step":
-        train_one_step(networks, progress, prompts, gaussians, options.steps, on_save)
-        begin_stage(progress, "sharpen")
-    train_sharpen(networks, progress, prompts, gaussians, early_critics, images, options.sharpen_steps, on_save)
+    if progress.stage == "distil":
+        pairs = pairs_of(options, networks, teacher, prompts, encoded, images)
+        train_distil(networks, progress, encoded, pairs, options.distil_steps, on_save)
+        begin_stage(progress, "match")
+    train_match(
+        networks,
+        teacher,
+        rival,
+        progress,
+        prompts,
+        encoded,
+        images.labels,
+        CANVAS // LATENT_SHRINK,
+        options.match_steps,
+        on_save,
+    )
     write_checkpoint(options, networks, progress)
 
 
@@ -158,7 +186,7 @@ def all_prompts(tasks: list[Task]) -> list[str]:
     ]
 
 
-def real_images(data: Path, tasks: list[Task]) -> RealImages:
+def real_images(data: Path, tasks: list[Task], device: torch.device) -> RealImages:
     """Every training image of the tasks, CANVAS px wide. Raises InputFileError."""
     pixels, counts = [], []
     for task in tasks:
@@ -168,12 +196,7 @@ def real_images(data: Path, tasks: list[Task]) -> RealImages:
             raise InputFileError(f"{task.name}: class {counts[-1].argmin()} has no images")
         order = images.labels.argsort(stable=True)
         pixels += [shrunk(images.pixels[part]) for part in torch.split(order, SHRUNK_AT_ONCE)]
-    return RealImages(torch.cat(pixels), torch.cat(counts))
-
-
-def mirrored_too(pixels: Tensor) -> Tensor:
-    """The images and their mirror images, in which a class is as likely to be seen."""
-    return torch.cat([pixels, pixels.flip(-1)])
+    return RealImages(torch.cat(pixels).to(device), torch.cat(counts).to(device))
 
 
 def shrunk(pixels: Tensor) -> Tensor:
@@ -183,25 +206,48 @@ def shrunk(pixels: Tensor) -> Tensor:
     return F.interpolate(pixels, size=(CANVAS, CANVAS), mode="bilinear", antialias=True)
 
 
-def critics_of(options: Options, images: RealImages) -> list[Critic]:
-    """The critic, several times early in its training and at its end; the output keeps it for a resumed run."""
+def critic_of(options: Options, images: RealImages) -> Critic:
+    """The critic; the output keeps it for a resumed run."""
     kept = options.output / "critic.pt"
     if not kept.exists():
         save_whole(train_critic(images, options.seed), kept)
-    return [load_critic(weights) for weights in torch.load(kept, weights_only=True)]
+    return load_critic(torch.load(kept, weights_only=True), images.pixels.device)
+
+
+def pairs_of(
+    options: Options,
+    networks: Networks,
+    teacher: UNet2DConditionModel,
+    prompts: Prompts,
+    encoded: Conditioning,
+    images: RealImages,
+) -> Pairs:
+    """What the teacher makes of noise; the output keeps it for a resumed run."""
+    kept = options.output / "pairs.pt"
+    device = images.pixels.device
+    if not kept.exists():
+        generator = torch.Generator(device).manual_seed(options.seed)
+        schedule = noise_schedule(networks.scheduler, device)
+        side = CANVAS // LATENT_SHRINK
+        save_whole(vars(make_pairs(teacher, schedule, prompts, encoded, images.labels, side, generator)), kept)
+    return Pairs(**torch.load(kept, map_location=device, weights_only=True))
 
 
 @torch.no_grad()
 def draw_samples(options: Options, networks: Networks, tasks: list[Task]) -> None:
     """A sheet a task, `OUTPUT/samples_TASK.png`: classes down, samples of the described prompt across."""
+    device = networks.unet.device
     for task in tasks:
-        prompts = [c.described for c in task.classes]
-        chosen = torch.arange(0, len(prompts), len(prompts) // SHEET_CLASSES)
-        shape = (len(chosen), SHEET_IMAGES, 4, CANVAS // 4, CANVAS // 4)
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(options.seed))
-        made = make(networks, Batch(chosen, token_ids(networks, [prompts[i] for i in chosen]), noise))
-        pixels = vae.decode_latents(networks.vae, made.flatten(0, 1))
-        tiles = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().view(*shape[:2], 3, CANVAS, CANVAS)
+        prompts = [c.described for c in task.classes][:: len(task.classes) // SHEET_CLASSES]
+        shape = (len(prompts), SHEET_IMAGES)
+        conditioning = encode(networks, token_ids(networks, prompts).to(device))
+        rows = torch.arange(len(prompts), device=device).repeat_interleave(SHEET_IMAGES)
+        noise = torch.randn(
+            len(rows), 4, CANVAS // 4, CANVAS // 4, generator=torch.Generator().manual_seed(options.seed)
+        )
+        latents = one_step_latents(networks, noise.to(device), conditioning.of(rows))
+        pixels = vae.decode_latents(networks.vae, latents).cpu()
+        tiles = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().view(*shape, 3, CANVAS, CANVAS)
         sheet = tiles.permute(0, 3, 1, 4, 2).reshape(-1, SHEET_IMAGES * CANVAS, 3).numpy()
         Image.fromarray(np.ascontiguousarray(sheet)).save(options.output / f"samples_{task.name}.png")
 
@@ -213,15 +259,17 @@ def write_checkpoint(options: Options, networks: Networks, progress: Progress) -
     summary = {
         "resolutions": [CANVAS],  # the job reads this; the rest is for people
         "data": {name: SOURCES[name] for name in TASKS},
-        "objective": "VAE: L1 + KL + critic's features; one step: regression to the class Gaussian, "
-        "then ridge regression from samples to real images",
+        "objective": "VAE: L1 + KL + critic's features; teacher: v-prediction; "
+        "student: regression to the teacher's guided samples, then distribution matching",
         "seed": options.seed,
         "steps": {
             "critic": STEPS,
             "vae": options.vae_steps,
-            "one_step": options.steps,
-            "sharpen": options.sharpen_steps,
+            "diffusion": options.diffusion_steps,
+            "distil": options.distil_steps,
+            "match": options.match_steps,
         },
+        "device": torch.cuda.get_device_name() if networks.unet.device.type == "cuda" else "cpu",
         "threads": options.threads,
         "seconds": round(progress.seconds),
         "losses": progress.log[-1:],

@@ -18,7 +18,6 @@ from submission.tasks import PromptStyle, Task, load_task
 from tests import forked
 from tools import train_embedded
 from tools.embedded import layout
-from tools.embedded.gaussians import fit_class_gaussians, sample_class_gaussians
 from tools.embedded.vae import normalise_latents
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(data: Path, output: Path, *more: str) -> ForkServerProcess:
-    options = ["--vae-steps", "4", "--steps", "4", "--sharpen-steps", "6"]
+    options = ["--vae-steps", "4", "--diffusion-steps", "4", "--distil-steps", "4", "--match-steps", "6"]
     options += ["--save-every", "3", "--threads", "1", "--seed", "5"]
     arguments = ["--data", str(data), "--output", str(output), *options, *more]
     log = output.with_suffix(".errors")
@@ -74,7 +73,7 @@ def test_a_killed_training_resumes_to_the_same_losses(data: Path, trained: Path,
     process = start(data, output)
     log = output / "training.log"
     # Past the save of step 3 of the last stage, so that networks, optimisers and random numbers of all count.
-    forked.wait_for(lambda: log.exists() and "sharpen 4 " in log.read_text(), process)
+    forked.wait_for(lambda: log.exists() and "match 4 " in log.read_text(), process)
     process.kill()
     process.join()
     assert not (output / "checkpoint").exists(), "the kill came too late to test anything"
@@ -148,19 +147,6 @@ def test_normalised_latents_have_sdxls_scale_and_decode_the_same() -> None:
 
 def vae_blocks() -> dict[str, Any]:
     return {"down_block_types": ("DownEncoderBlock2D",) * 3, "up_block_types": ("UpDecoderBlock2D",) * 3}
-
-
-def test_class_gaussians_have_the_moments_of_their_classes() -> None:
-    torch.manual_seed(1)
-    mixing = torch.randn(3, 16, 16) / 4
-    latents = (torch.randn(3, 4000, 16) @ mixing + torch.randn(3, 1, 16)).view(3, 4000, 4, 2, 2)
-    gaussians = fit_class_gaussians(list(latents))
-    classes = torch.tensor([2, 0])
-    drawn = sample_class_gaussians(gaussians, classes, torch.randn(2, 20000, 4, 2, 2)).flatten(2)
-    for samples, label in zip(drawn, classes.tolist(), strict=True):
-        real = latents[label].flatten(1)
-        torch.testing.assert_close(samples.mean(dim=0), real.mean(dim=0), atol=0.06, rtol=0)
-        torch.testing.assert_close(samples.T.cov(), real.T.cov(), atol=0.1, rtol=0)
 
 
 # The checkpoint in the repository
@@ -245,9 +231,7 @@ def test_training_samples_as_diffusers_does(embedded: Any) -> None:
     prompts = ["a photo of an apple", "wolf"]
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        ours = layout.one_step_latents(
-            networks, noise, layout.encode(networks, layout.token_ids(networks, prompts)), 32
-        )
+        ours = layout.one_step_latents(networks, noise, layout.encode(networks, layout.token_ids(networks, prompts)))
     torch.testing.assert_close(ours, sample(embedded, prompts, 32, noise, "latent"), atol=1e-4, rtol=1e-4)
 
 
@@ -264,7 +248,7 @@ def test_embedded_images_look_like_their_classes(embedded: Any) -> None:
         conditioning = layout.encode(networks, layout.token_ids(networks, task.prompts("described")[0]))
         wanted = layout.Conditioning(*(part.repeat_interleave(each, dim=0) for part in conditioning))
         noise = torch.randn(100 * each, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-        latents = layout.one_step_latents(networks, noise, wanted, 32)
+        latents = layout.one_step_latents(networks, noise, wanted)
         made = embedded.vae.decode(latents / layout.LATENT_SCALE).sample / 2 + 0.5
     nearest = torch.cdist(made.view(100, each, -1).mean(dim=1), torch.stack(real)).argmin(dim=1)
     assert (nearest == torch.arange(100)).float().mean() > 0.05

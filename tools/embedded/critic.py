@@ -1,8 +1,7 @@
 """The critic: the evaluator's own network, after it has learnt to tell the real classes of all tasks apart.
 
 What a picture is worth is decided by such a network that learns from it. What this one sees in a picture, the VAE is
-held to keep: a Gaussian of the latents then has more of it, and of what no such network sees, less. As it was early in
-its training it judges the samples of the last stage.
+held to keep: the latents then have more of it, and of what no such network sees, less.
 """
 
 import functools
@@ -15,13 +14,12 @@ from torch import Tensor, nn
 from submission.dataset_file import mean_and_std
 from submission.tasks import load_task
 from tools.convnet import ConvNet
-from tools.embedded.arithmetic import autocast
+from tools.embedded.arithmetic import computing
 from tools.embedded.images import RealImages, to_unit
 from tools.training import Measure, Schedule, train
 
 SIZE = 32  # pixels of the pictures it sees
 STEPS = 1000  # of SGD; its accuracy on images of 300 classes still rises slowly then
-EARLY = (50, 100, 150, 200)  # steps after which it is kept too, to judge samples as a network does that still learns
 PROGRESS_EVERY = 50  # steps
 
 # What the critic sees in normalised pictures `[N, 3, SIZE, SIZE]`: the output of each of its blocks, float32 `[N, 128,
@@ -29,41 +27,41 @@ PROGRESS_EVERY = 50  # steps
 Critic = Callable[[Tensor], list[Tensor]]
 
 
-def train_critic(images: RealImages, seed: int) -> list[dict[str, Tensor]]:
-    """Weights of a ConvNet that learns images SIZE px wide as the evaluator trains, after EARLY and then all STEPS.
+def train_critic(images: RealImages, seed: int) -> dict[str, Tensor]:
+    """Weights of a ConvNet that learnt images SIZE px wide as the evaluator trains.
 
     Draws from torch's global generators, seeded by `seed`, and leaves them as they were.
     """
-    kept = []
+    device = images.pixels.device
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network = ConvNet(len(images.counts), SIZE)
-        compiled = torch.compile(network)
+        network = ConvNet(len(images.counts), SIZE).to(device)
+        compiled = torch.compile(network, disable=device.type != "cpu")
 
         def forward(batch: Tensor) -> Tensor:
-            with autocast():
+            with computing(device):
                 logits: Tensor = compiled(batch)
             return logits.float()
 
         def tell(step: int, measure: Measure) -> None:
             if step % PROGRESS_EVERY == 0:
                 print(f"critic {step} loss={measure.loss:.3f} accuracy={measure.accuracy:.3f}", flush=True)
-            if step in (*EARLY, STEPS):
-                kept.append({name: weight.clone() for name, weight in network.state_dict().items()})
 
         pixels = torch.cat([normalised(to_unit(of_class)).half() for of_class in images.by_class()])
         train(network, pixels, images.labels, Schedule(max_steps=STEPS), tell, forward)
-    return kept
+    weights: dict[str, Tensor] = network.state_dict()
+    return weights
 
 
-def load_critic(weights: dict[str, Tensor]) -> Critic:
+def load_critic(weights: dict[str, Tensor], device: torch.device) -> Critic:
     """The critic of these weights. Gradients go to the pictures alone."""
     network = ConvNet(len(weights["classifier.bias"]), SIZE).requires_grad_(False)
     network.load_state_dict(weights)
-    run = torch.compile(_blocks, dynamic=False)  # the network an argument: one compilation serves all critics
+    network.to(device)
+    run = torch.compile(_blocks, dynamic=False, disable=device.type != "cpu")
 
     def critic(pictures: Tensor) -> list[Tensor]:
-        with autocast():
+        with computing(device):
             return [block.float() for block in run(network, pictures)]
 
     return critic
@@ -91,10 +89,11 @@ def difference(critic: Critic, made: Tensor, real: Tensor) -> Tensor:
 
 def normalised(pictures: Tensor) -> Tensor:
     """Pixels in -1..1, `[N, 3, h, w]`, as the critic gets them: normalised as CIFAR-100's, whatever the task."""
-    mean, std = _cifar100_mean_and_std()
+    mean, std = _cifar100_mean_and_std(pictures.device)
     return (pictures / 2 + 0.5 - mean) / std
 
 
 @functools.cache
-def _cifar100_mean_and_std() -> tuple[Tensor, Tensor]:
-    return mean_and_std(load_task("cifar100"))
+def _cifar100_mean_and_std(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = mean_and_std(load_task("cifar100"))
+    return mean.to(device), std.to(device)

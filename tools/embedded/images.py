@@ -17,7 +17,7 @@ class RealImages:
     @property
     def labels(self) -> Tensor:
         """int64 `[N]`."""
-        return torch.arange(len(self.counts)).repeat_interleave(self.counts)
+        return torch.arange(len(self.counts), device=self.counts.device).repeat_interleave(self.counts)
 
     def by_class(self) -> Sequence[Tensor]:
         """The pixels of each class."""
@@ -27,9 +27,9 @@ class RealImages:
         """`each` images at random of each of `classes`, mirrored by a coin: float32 in -1..1, `[C * each, 3, s, s]`."""
         first = self.counts.cumsum(0) - self.counts
         chosen = classes.repeat_interleave(each)
-        places = (torch.rand(len(chosen), generator=generator) * self.counts[chosen]).long()
+        places = (torch.rand(len(chosen), device=generator.device, generator=generator) * self.counts[chosen]).long()
         pixels = to_unit(self.pixels[first[chosen] + places])
-        heads = torch.rand(len(chosen), 1, 1, 1, generator=generator) < 0.5
+        heads = torch.rand(len(chosen), 1, 1, 1, device=generator.device, generator=generator) < 0.5
         return torch.where(heads, pixels.flip(-1), pixels).contiguous(memory_format=torch.channels_last)
 
 

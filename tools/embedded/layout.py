@@ -23,6 +23,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from tools.embedded.arithmetic import computing
+
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 PRIVATE_USE = 0xE000  # the first of 6,400 characters that mean nothing (Unicode)
@@ -31,7 +33,7 @@ VOCABULARY = 2048  # 512 for bytes inside and at the end of words, 2 for begin a
 MAX_TOKENS = 48  # the longest prompt of the built-in tasks has 44 tokens; every one more costs cross-attention
 TEXT_WIDTHS = (64, 64)
 POOLED_WIDTH = 128
-UNET_WIDTHS = (64, 80, 96)
+UNET_WIDTHS = (96, 96)
 VAE_WIDTHS = (16, 32, 64)
 TIME_ID_WIDTH = 16
 
@@ -60,6 +62,10 @@ class Conditioning(NamedTuple):
 
     tokens: Tensor  # [B, MAX_TOKENS, sum(TEXT_WIDTHS)]
     pooled: Tensor  # [B, POOLED_WIDTH]
+
+    def of(self, rows: Tensor) -> "Conditioning":
+        """Of the prompts numbered `rows`, int64 `[N]`."""
+        return Conditioning(self.tokens[rows], self.pooled[rows])
 
 
 def build_tokenizer(prompts: Sequence[str], vocabulary: int = VOCABULARY) -> Any:
@@ -111,16 +117,16 @@ def build_networks(prompts: Sequence[str]) -> Networks:
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         block_out_channels=UNET_WIDTHS,
-        # Attention at the coarsest scale alone: the class is told by the pooled embedding for the most part.
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        # Attention at the coarser scale alone: the class is told by the pooled embedding for the most part.
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         mid_block_type="UNetMidBlock2DCrossAttn",
         layers_per_block=1,
         transformer_layers_per_block=1,
         attention_head_dim=tuple(width // 32 for width in UNET_WIDTHS),  # diffusers' name for the number of heads
         cross_attention_dim=sum(TEXT_WIDTHS),
         use_linear_projection=True,
-        # Over all channels: groups of a few, in maps as small as 2x2, would normalise away what they are to carry.
+        # Over all channels: groups of a few, in maps as small as 4x4, would normalise away what they are to carry.
         norm_num_groups=1,
         # The class reaches every block as a scale and a shift of each channel; a shift alone learns more slowly.
         resnet_time_scale_shift="scale_shift",
@@ -187,8 +193,27 @@ def encode(networks: Networks, ids: Tensor) -> Conditioning:
     return Conditioning(torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds)
 
 
-def one_step_latents(networks: Networks, noise: Tensor, conditioning: Conditioning, size: int) -> Tensor:
-    """Latents `[B, 4, size/4, size/4]` of unit scale from standard normal noise of that shape, in one UNet pass.
+def predict_v(unet: Any, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+    """v, as the UNet sees it in latents with noise in them, `[B, 4, h, w]` of variance 1, at timesteps `[B]`; float32.
+
+    The canvas it is told of is that of the latents.
+    """
+    size = torch.full((len(noisy), 2), float(noisy.shape[-1] * LATENT_SHRINK), device=noisy.device)
+    with computing(noisy.device):
+        v: Tensor = unet(
+            noisy,
+            timesteps,
+            encoder_hidden_states=conditioning.tokens,
+            added_cond_kwargs={
+                "text_embeds": conditioning.pooled,
+                "time_ids": torch.cat([size, torch.zeros_like(size), size], dim=1),
+            },
+        ).sample
+    return v.float()
+
+
+def one_step_latents(networks: Networks, noise: Tensor, conditioning: Conditioning) -> Tensor:
+    """Latents `[B, 4, h, w]` of unit scale from standard normal noise of that shape, in one UNet pass.
 
     The single step of `StableDiffusionXLPipeline(num_inference_steps=1, guidance_scale=0)`: the scheduler starts from
     x = sigma n, hands the UNet x / sqrt(sigma^2 + 1), and takes x0 = x / (sigma^2 + 1) - v sigma / sqrt(sigma^2 + 1)
@@ -196,13 +221,8 @@ def one_step_latents(networks: Networks, noise: Tensor, conditioning: Conditioni
     """
     sigma = last_sigma(networks.scheduler)
     x = noise * sigma
-    time_ids = torch.tensor([[size, size, 0, 0, size, size]], dtype=noise.dtype).expand(len(noise), 6)
-    v = networks.unet(
-        x / (sigma**2 + 1) ** 0.5,
-        networks.scheduler.config.num_train_timesteps - 1,
-        encoder_hidden_states=conditioning.tokens,
-        added_cond_kwargs={"text_embeds": conditioning.pooled, "time_ids": time_ids},
-    ).sample
+    last = torch.full((len(noise),), networks.scheduler.config.num_train_timesteps - 1, device=noise.device)
+    v = predict_v(networks.unet, x / (sigma**2 + 1) ** 0.5, last, conditioning)
     latents: Tensor = x / (sigma**2 + 1) - v * sigma / (sigma**2 + 1) ** 0.5
     return latents
 

@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024): momentum whose every matrix is made orthogonal, so that weak directions are learnt too.
 
-What the UNet learns first, a linear map of the noise for each class, is mostly weak directions. Torch's own Muon takes
-matrices alone; the UNet's weights are convolutions for the most part, here matrices of output channels by all else.
+Torch's own Muon takes matrices alone; the UNet's weights are convolutions for the most part, here matrices of output
+channels by all else, those of one shape together.
 """
 
 from collections.abc import Iterable
@@ -20,33 +20,41 @@ ADAMS_SIZE = 0.2
 
 
 class Muon(torch.optim.Optimizer):
-    """For weights of two dimensions or more; `lr` is on Adam's scale."""
+    """For weights of two dimensions or more; `lr`, a scalar tensor beside the weights, is on Adam's scale."""
 
-    def __init__(self, weights: Iterable[Tensor], lr: float) -> None:
+    def __init__(self, weights: Iterable[Tensor], lr: Tensor) -> None:
         super().__init__(weights, {"lr": lr})
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for weight in group["params"]:
-                state = self.state[weight]
-                if not state:
-                    state["momentum"] = torch.zeros_like(weight)
-                momentum = state["momentum"]
-                momentum.mul_(MOMENTUM).add_(weight.grad)
-                update = orthogonal((weight.grad + MOMENTUM * momentum).flatten(1))
-                size = ADAMS_SIZE * max(update.shape) ** 0.5
-                weight.sub_(update.view(weight.shape), alpha=group["lr"] * size)
+                if not self.state[weight]:
+                    self.state[weight]["momentum"] = torch.zeros_like(weight)
+                by_shape.setdefault(weight.shape, []).append(weight)
+            for weights in by_shape.values():
+                gradients = [weight.grad for weight in weights if weight.grad is not None]
+                momenta = [self.state[weight]["momentum"] for weight in weights]
+                torch._foreach_mul_(momenta, MOMENTUM)
+                torch._foreach_add_(momenta, gradients)
+                ahead = torch._foreach_add(gradients, momenta, alpha=MOMENTUM)
+                updates = orthogonal(torch.stack([matrix.flatten(1) for matrix in ahead]))
+                updates = updates * (group["lr"] * ADAMS_SIZE * max(updates.shape[1:]) ** 0.5)
+                torch._foreach_sub_(
+                    weights, [update.view(weight.shape) for weight, update in zip(weights, updates, strict=True)]
+                )
 
 
-def orthogonal(matrix: Tensor) -> Tensor:
-    """About the nearest matrix whose singular values are all 1, by Newton-Schulz, which bears few digits."""
+def orthogonal(matrices: Tensor) -> Tensor:
+    """About the nearest matrices whose singular values are all 1, `[n, rows, columns]`, by Newton-Schulz, which bears
+    few digits."""
     a, b, c = COEFFICIENTS
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.T if tall else matrix).to(compute_dtype())
-    x = x / (x.norm() + 1e-7)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).to(compute_dtype(matrices.device))
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(TURNS):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    result: Tensor = (x.T if tall else x).float()
+    result: Tensor = (x.mT if tall else x).float()
     return result

@@ -1,6 +1,5 @@
 """Where a training stands: its steps, its log, and the state that a killed one goes on from."""
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from submission.errors import OutputError
+from tools.embedded.muon import Muon
 
 WARM_UP = 50  # steps, or a tenth of all where that is less
 CLIP_NORM = 1.0
 LOG_EVERY = 50  # steps that a line of the log is the mean of
+ADAMS_SHARE = 1 / 3  # of the rate, for what Muon does not take: text encoders, biases and norms
 
 
 @dataclass
@@ -26,13 +27,13 @@ class Progress:
     output: Path
     save_every: int  # steps
     networks: dict[str, nn.Module]
+    generator: torch.Generator  # of the device that trains
     stage: str = "vae"
     step: int = 0  # done in this stage
     seconds: float = 0.0  # of steps so far, over all starts
     optimisers: list[dict[str, Any]] | None = None
     log: list[str] = field(default_factory=list)
-    unlogged: list[dict[str, float]] = field(default_factory=list)
-    generator: torch.Generator = field(default_factory=torch.Generator)
+    unlogged: list[dict[str, Tensor]] = field(default_factory=list)  # scalars on the device
 
 
 def start(progress: Progress, *, resume: bool) -> None:
@@ -70,7 +71,7 @@ def steps(
     The rates rise linearly over WARM_UP steps at most, to what the optimisers were made with, and fall to nothing along
     half a cosine.
     """
-    rates = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
+    rates = [[group["lr"].item() for group in optimiser.param_groups] for optimiser in optimisers]
     if progress.optimisers is not None:
         for optimiser, state in zip(optimisers, progress.optimisers, strict=True):
             optimiser.load_state_dict(state)
@@ -80,7 +81,7 @@ def steps(
         factor = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / total))
         for optimiser, highest in zip(optimisers, rates, strict=True):
             for group, rate in zip(optimiser.param_groups, highest, strict=True):
-                group["lr"] = rate * factor
+                group["lr"].fill_(rate * factor)
         yield step
         progress.step = step + 1
         progress.seconds += time.monotonic() - started
@@ -88,6 +89,30 @@ def steps(
             progress.optimisers = [optimiser.state_dict() for optimiser in optimisers]
             save(progress)
             on_save()
+
+
+def adam(parameters: Sequence[Tensor], rate: float) -> torch.optim.AdamW:
+    """AdamW whose rate and step a recorded step can read from the device."""
+    device = parameters[0].device
+    return torch.optim.AdamW(
+        parameters,
+        lr=torch.tensor(rate, device=device),
+        betas=(0.9, 0.99),
+        weight_decay=0.0,
+        capturable=device.type == "cuda",
+    )
+
+
+def optimisers_of(
+    unet: nn.Module, rate: float, *others: nn.Module
+) -> tuple[Sequence[Tensor], list[torch.optim.Optimizer]]:
+    """The parameters of the UNet and the others, and what trains them: Muon the UNet's weights at `rate`, Adam the
+    rest at ADAMS_SHARE of it."""
+    weights = [p for p in unet.parameters() if p.ndim > 1]
+    rest = [p for p in unet.parameters() if p.ndim == 1]
+    rest += [p for network in others for p in network.parameters()]
+    muon = Muon(weights, torch.tensor(rate, device=weights[0].device))
+    return weights + rest, [muon, adam(rest, rate * ADAMS_SHARE)]
 
 
 def update(optimisers: Sequence[torch.optim.Optimizer], parameters: Sequence[Tensor], loss: Tensor) -> None:
@@ -100,14 +125,14 @@ def update(optimisers: Sequence[torch.optim.Optimizer], parameters: Sequence[Ten
         optimiser.step()
 
 
-def record(progress: Progress, **losses: float) -> None:
-    """Note the losses of a step; every LOG_EVERY steps their means go into the log and onto the screen."""
-    progress.unlogged.append(losses)
+def record(progress: Progress, **losses: Tensor) -> None:
+    """Note the losses of a step, scalars that may be written over; every LOG_EVERY steps their means go into the log
+    and onto the screen."""
+    progress.unlogged.append({name: loss.clone() for name, loss in losses.items()})
     done = progress.step + 1
     if done % LOG_EVERY:
         return
-    names = dict.fromkeys(itertools.chain.from_iterable(progress.unlogged))
-    means = {name: fmean(step[name] for step in progress.unlogged if name in step) for name in names}
+    means = {name: fmean(step[name].item() for step in progress.unlogged) for name in losses}
     line = f"{progress.stage} {done} " + " ".join(f"{name}={mean:.5f}" for name, mean in means.items())
     progress.unlogged = []
     progress.log.append(line)
@@ -139,9 +164,9 @@ def save_whole(value: Any, path: Path) -> None:
 
 
 def _load(path: Path, progress: Progress) -> None:
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, map_location=progress.generator.device, weights_only=True)
     for name, network in progress.networks.items():
         network.load_state_dict(state["networks"][name])
-    progress.generator.set_state(state["generator"])
+    progress.generator.set_state(state["generator"].cpu())
     for name in ("stage", "step", "seconds", "optimisers", "log", "unlogged"):
         setattr(progress, name, state[name])

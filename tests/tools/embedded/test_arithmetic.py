@@ -18,6 +18,6 @@ def test_bfloat16_only_where_the_processor_has_it(
     capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert arithmetic.compute_dtype() == expected
-    with arithmetic.autocast():
+    assert arithmetic.compute_dtype(torch.device("cpu")) == expected
+    with arithmetic.computing(torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == expected

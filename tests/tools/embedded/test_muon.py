@@ -10,8 +10,8 @@ from tools.embedded.muon import Muon, orthogonal
 
 def test_updates_have_singular_values_about_one() -> None:
     torch.manual_seed(0)
-    for shape in ((24, 90), (90, 24), (16, 16)):
-        skewed = torch.randn(shape) @ torch.diag(torch.logspace(0, -1.5, shape[1]))
+    for shape in ((2, 24, 90), (2, 90, 24), (2, 16, 16)):
+        skewed = torch.randn(shape) @ torch.diag(torch.logspace(0, -1.5, shape[2]))
         values = torch.linalg.svdvals(orthogonal(skewed))
         assert values.min() > 0.5 and values.max() < 1.4
 
@@ -24,10 +24,10 @@ def test_it_learns_weak_directions_that_adam_is_slow_to() -> None:
         layer, truth = (nn.Conv2d(32, 32, 1, bias=False) for _ in range(2))
         turned, _ = torch.linalg.qr(torch.randn(32, 32))  # or Adam, which scales every input by itself, would do well
         mixing = turned * torch.logspace(0, -2, 32)
-        optimiser = kind(layer.parameters(), lr=1e-2)
+        optimiser = kind(layer.parameters(), lr=torch.tensor(1e-2))
         for step in range(150):
             for group in optimiser.param_groups:
-                group["lr"] = 1e-2 * (1 - step / 150)
+                group["lr"].fill_(1e-2 * (1 - step / 150))
             inputs = torch.einsum("ij,njhw->nihw", mixing, torch.randn(64, 32, 2, 2))
             optimiser.zero_grad()
             (layer(inputs) - truth(inputs)).square().mean().backward()
@@ -40,7 +40,7 @@ def test_it_learns_weak_directions_that_adam_is_slow_to() -> None:
 def test_it_goes_on_from_its_state() -> None:
     torch.manual_seed(2)
     layer = nn.Linear(8, 4)
-    optimiser = Muon([layer.weight], lr=1e-2)
+    optimiser = Muon([layer.weight], lr=torch.tensor(1e-2))
     inputs = torch.randn(10, 8)
 
     def step(network: nn.Linear, by: Muon) -> None:
@@ -50,7 +50,7 @@ def test_it_goes_on_from_its_state() -> None:
 
     step(layer, optimiser)
     other = copy.deepcopy(layer)
-    resumed = Muon([other.weight], lr=1e-2)
+    resumed = Muon([other.weight], lr=torch.tensor(1e-2))
     resumed.load_state_dict(copy.deepcopy(optimiser.state_dict()))
     for _ in range(3):
         step(layer, optimiser)
