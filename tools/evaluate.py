@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from submission.cli import Parser, number_from
+from submission.device import choose_device
 from submission.errors import InputFileError, OutputError, UsageError
 from submission.manifest import write_json, write_whole
 from submission.needs import memory_free
@@ -123,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Check all files, score each task, write the scores. Raises a BankoError for what a person can mend."""
-    device = choose_device(options.device)
+    device = choose_device(options.device, local_rank=0)
     schedule = Schedule(options.epochs, options.max_steps)
     jobs = [open_job(task, options) for task in choose_tasks(options.tasks, options.submit_dir)]
     for job in jobs:
@@ -138,14 +139,6 @@ def evaluate(options: argparse.Namespace) -> None:
     scores = [score_task(job, schedule, options.runs, device, arithmetic) for job in jobs]
     write_results(scores, options, device, arithmetic)
     print(summary(scores))
-
-
-def choose_device(wanted: str) -> torch.device:
-    """`auto` is the GPU where there is one. Raises UsageError where one is asked for and there is none."""
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise UsageError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or check the driver")
-    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
 
 
 def choose_tasks(wanted: Sequence[str] | None, submit_dir: Path) -> list[Task]:

@@ -23,24 +23,24 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from submission.cli import Parser
+from submission.device import choose_device
 from submission.errors import InputFileError, UsageError
 from submission.tasks import Task, load_task
 from tools.command import exit_code_of
 from tools.embedded import diffusion, distil, vae
 from tools.embedded.critic import STEPS, Critic, load_critic, train_critic
-from tools.embedded.diffusion import noise_schedule, train_diffusion
+from tools.embedded.diffusion import Teacher, noise_schedule, train_diffusion
 from tools.embedded.distil import Pairs, make_pairs, train_distil, train_match
 from tools.embedded.images import RealImages
 from tools.embedded.layout import (
-    LATENT_SHRINK,
+    CANVAS,
+    LATENT_SHAPE,
     TRAINED,
-    Conditioning,
     Networks,
     build_networks,
     encode,
@@ -50,12 +50,10 @@ from tools.embedded.layout import (
 )
 from tools.embedded.progress import Progress, begin_stage, save_whole, start
 from tools.embedded.prompts import STYLE_SHARES, Prompts, encode_prompts, prompts_of
-from tools.evaluate import choose_device
 from tools.training import keep_freed_memory
 from tools.training_data import SOURCES, load_training_images
 
 TASKS = ("cifar100", "tinyimagenet")
-CANVAS = 32  # pixels that all pictures are made on; larger ones are enlarged from it, for a quarter of the work
 SHRUNK_AT_ONCE = 2048  # images
 SHEET_CLASSES, SHEET_IMAGES = 10, 8
 
@@ -102,7 +100,7 @@ def build_parser() -> Parser:
         ("--vae-steps", 5000, f"optimiser steps of {vae.BATCH} images for the VAE"),
         ("--diffusion-steps", 6500, f"those of {diffusion.BATCH} latents for teacher and text encoders"),
         ("--distil-steps", 600, f"those of {distil.DISTIL_BATCH} for the student, where the teacher leads"),
-        ("--match-steps", 900, f"those of {distil.MATCH_BATCH} for the student, as likely as the teacher's"),
+        ("--match-steps", 600, f"those of {distil.MATCH_BATCH} for the student, as likely as the teacher's"),
         ("--save-every", 500, "steps between saves of the state, and of sample sheets once there is a student"),
     ):
         parser.add_argument(name, type=int, default=steps, metavar="N", help=f"{of_what} (default: {steps})")
@@ -132,14 +130,14 @@ def parse(argv: list[str] | None) -> Options:
 def train(options: Options) -> None:
     """All stages, or what is left of them. Raises InputFileError for the data, OutputError for the folder."""
     keep_freed_memory()
-    device = choose_device(options.device)
+    device = choose_device(options.device, local_rank=0)
     torch.backends.cudnn.benchmark = True  # every stage has batches of one shape
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     tasks = [load_task(name) for name in TASKS]
     networks = build_networks(all_prompts(tasks))
-    teacher, rival = copy.deepcopy(networks.unet), copy.deepcopy(networks.unet)
-    trained = {name: getattr(networks, name) for name in TRAINED} | {"teacher": teacher, "rival": rival}
+    unet, rival = copy.deepcopy(networks.unet), copy.deepcopy(networks.unet)  # the teacher's, and its rival
+    trained = {name: getattr(networks, name) for name in TRAINED} | {"teacher": unet, "rival": rival}
     for network in trained.values():
         network.to(device)
         if device.type == "cpu" and not isinstance(network, PreTrainedModel):
@@ -150,32 +148,21 @@ def train(options: Options) -> None:
     if progress.stage == "vae":
         vae.train_vae(networks, critic_of(options, images), progress, images, options.vae_steps)
         begin_stage(progress, "diffusion")
-    prompts = prompts_of(networks, tasks, device)
+    prompts = prompts_of(networks, tasks, images.counts)
     if progress.stage == "diffusion":
         # Mirrored too: a class is as likely to be seen so.
         both = torch.cat([vae.encode_images(networks.vae, p) for p in (images.pixels, images.pixels.flip(-1))])
-        train_diffusion(networks, teacher, progress, prompts, both, images.labels.repeat(2), options.diffusion_steps)
+        train_diffusion(networks, unet, progress, prompts, both, images.labels.repeat(2), options.diffusion_steps)
         for follower in (networks.unet, rival):
-            follower.load_state_dict(teacher.state_dict())
+            follower.load_state_dict(unet.state_dict())
         begin_stage(progress, "distil")
-    encoded = encode_prompts(networks, prompts)
+    teacher = Teacher(unet, noise_schedule(networks.scheduler, device), encode_prompts(networks, prompts))
     on_save = partial(draw_samples, options, networks, tasks)
     if progress.stage == "distil":
-        pairs = pairs_of(options, networks, teacher, prompts, encoded, images)
-        train_distil(networks, progress, encoded, pairs, options.distil_steps, on_save)
+        pairs = pairs_of(options, teacher, prompts, device)
+        train_distil(networks, progress, teacher.encoded, pairs, options.distil_steps, on_save)
         begin_stage(progress, "match")
-    train_match(
-        networks,
-        teacher,
-        rival,
-        progress,
-        prompts,
-        encoded,
-        images.labels,
-        CANVAS // LATENT_SHRINK,
-        options.match_steps,
-        on_save,
-    )
+    train_match(networks, teacher, rival, progress, prompts, options.match_steps, on_save)
     write_checkpoint(options, networks, progress)
 
 
@@ -214,22 +201,12 @@ def critic_of(options: Options, images: RealImages) -> Critic:
     return load_critic(torch.load(kept, weights_only=True), images.pixels.device)
 
 
-def pairs_of(
-    options: Options,
-    networks: Networks,
-    teacher: UNet2DConditionModel,
-    prompts: Prompts,
-    encoded: Conditioning,
-    images: RealImages,
-) -> Pairs:
+def pairs_of(options: Options, teacher: Teacher, prompts: Prompts, device: torch.device) -> Pairs:
     """What the teacher makes of noise; the output keeps it for a resumed run."""
     kept = options.output / "pairs.pt"
-    device = images.pixels.device
     if not kept.exists():
         generator = torch.Generator(device).manual_seed(options.seed)
-        schedule = noise_schedule(networks.scheduler, device)
-        side = CANVAS // LATENT_SHRINK
-        save_whole(vars(make_pairs(teacher, schedule, prompts, encoded, images.labels, side, generator)), kept)
+        save_whole(vars(make_pairs(teacher, prompts, generator)), kept)
     return Pairs(**torch.load(kept, map_location=device, weights_only=True))
 
 
@@ -242,9 +219,7 @@ def draw_samples(options: Options, networks: Networks, tasks: list[Task]) -> Non
         shape = (len(prompts), SHEET_IMAGES)
         conditioning = encode(networks, token_ids(networks, prompts).to(device))
         rows = torch.arange(len(prompts), device=device).repeat_interleave(SHEET_IMAGES)
-        noise = torch.randn(
-            len(rows), 4, CANVAS // 4, CANVAS // 4, generator=torch.Generator().manual_seed(options.seed)
-        )
+        noise = torch.randn(len(rows), *LATENT_SHAPE, generator=torch.Generator().manual_seed(options.seed))
         latents = one_step_latents(networks, noise.to(device), conditioning.of(rows))
         pixels = vae.decode_latents(networks.vae, latents).cpu()
         tiles = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().view(*shape, 3, CANVAS, CANVAS)

@@ -1,6 +1,6 @@
 """The teacher: a diffusion model of the latents, which makes a sample in many steps."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,16 +43,25 @@ def noise_schedule(scheduler: Any, device: torch.device) -> NoiseSchedule:
     return NoiseSchedule(kept.sqrt(), (1 - kept).sqrt())
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """A diffusion model, and the prompts it can be asked for, by row; the last is the empty one."""
+
+    unet: Any
+    schedule: NoiseSchedule
+    encoded: Conditioning
+
+
 def train_diffusion(
     networks: Networks,
-    teacher: Any,
+    unet: Any,
     progress: Progress,
     prompts: Prompts,
     latents: Tensor,
     labels: Tensor,
     total: int,
 ) -> None:
-    """Train the teacher, a UNet, and both text encoders, for `total` steps, to predict v from noisy latents.
+    """Train a teacher's UNet and both text encoders, for `total` steps, to predict v from noisy latents.
 
     Args:
         latents: those of the real images, `[N, 4, h, w]`, of unit scale.
@@ -60,27 +69,23 @@ def train_diffusion(
     """
     device, generator = latents.device, progress.generator
     schedule = noise_schedule(networks.scheduler, device)
-    parameters, optimisers = optimisers_of(teacher, RATE, networks.text_encoder, networks.text_encoder_2)
+    parameters, optimisers = optimisers_of(unet, RATE, networks.text_encoder, networks.text_encoder_2)
 
     def learn(clean: Tensor, ids: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         with computing(device):
             conditioning = encode(networks, ids)
-        return velocity_step(teacher, schedule, clean, timesteps, noise, conditioning, optimisers, parameters)
+        return velocity_step(unet, schedule, clean, timesteps, noise, conditioning, optimisers, parameters)
 
     step = recorded(learn, device)
     for _ in steps(progress, optimisers, total):
         chosen = torch.randint(len(latents), (BATCH,), device=device, generator=generator)
-        rows = prompts.draw(labels[chosen], generator)
+        rows = prompts.draw_phrasings(labels[chosen], generator)
         silent = torch.rand(BATCH, device=device, generator=generator) < UNPROMPTED
         ids = prompts.ids[rows.where(~silent, prompts.empty)]
         clean = latents[chosen]
+        timesteps = torch.randint(len(schedule.alphas), (BATCH,), device=device, generator=generator)
         noise = torch.randn(clean.shape, device=device, generator=generator)
-        record(progress, v=step(clean, ids, draw_timesteps(schedule, BATCH, generator), noise))
-
-
-def draw_timesteps(schedule: NoiseSchedule, count: int, generator: torch.Generator) -> Tensor:
-    """int64 `[count]`, all equally likely."""
-    return torch.randint(len(schedule.alphas), (count,), device=generator.device, generator=generator)
+        record(progress, v=step(clean, ids, timesteps, noise))
 
 
 def velocity_step(
@@ -108,41 +113,43 @@ def denoise(unet: Any, schedule: NoiseSchedule, noisy: Tensor, timesteps: Tensor
     return column(schedule.alphas[timesteps]) * noisy - column(schedule.sigmas[timesteps]) * v
 
 
-def denoise_guided(
-    teacher: Any, schedule: NoiseSchedule, noisy: Tensor, timesteps: Tensor, encoded: Conditioning, rows: Tensor
-) -> Tensor:
-    """The same, GUIDANCE times as far from what is expected without a prompt as with those in `rows` of `encoded`."""
-    both = torch.cat([rows, torch.full_like(rows, len(encoded.pooled) - 1)])
+def denoise_guided(teacher: Teacher, noisy: Tensor, timesteps: Tensor, rows: Tensor) -> Tensor:
+    """The same, GUIDANCE times as far from what is expected without a prompt as with those in `rows`."""
+    both = torch.cat([rows, torch.full_like(rows, len(teacher.encoded.pooled) - 1)])
     prompted, unprompted = denoise(
-        teacher, schedule, torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps]), encoded.of(both)
+        teacher.unet,
+        teacher.schedule,
+        torch.cat([noisy, noisy]),
+        torch.cat([timesteps, timesteps]),
+        teacher.encoded.of(both),
     ).chunk(2)
     return unprompted + GUIDANCE * (prompted - unprompted)
 
 
-class Solver:
-    """Follows the teacher from noise to samples in SOLVER_STEPS steps of DDIM (Song et al. 2020), no noise added.
+def solver_of(teacher: Teacher) -> Callable[[Tensor, Tensor], Tensor]:
+    """Where the teacher leads from noise, in SOLVER_STEPS steps of DDIM (Song et al. 2020) without noise added.
 
-    One object serves batches of one size.
+    Returns:
+        A function of standard normal noise `[N, 4, h, w]` and the rows of prompts `[N]`, to latents; N stays the same.
     """
+    schedule, device = teacher.schedule, teacher.schedule.alphas.device
 
-    def __init__(self, teacher: Any, schedule: NoiseSchedule, encoded: Conditioning) -> None:
-        @torch.no_grad()
-        def step(noisy: Tensor, timesteps: Tensor, alpha: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
-            clean = denoise_guided(teacher, schedule, noisy, timesteps, encoded, rows)
-            noise = (noisy - column(schedule.alphas[timesteps]) * clean) / column(schedule.sigmas[timesteps])
-            return alpha * clean + sigma * noise
+    @torch.no_grad()
+    def step(noisy: Tensor, timesteps: Tensor, alpha: Tensor, sigma: Tensor, rows: Tensor) -> Tensor:
+        clean = denoise_guided(teacher, noisy, timesteps, rows)
+        noise = (noisy - column(schedule.alphas[timesteps]) * clean) / column(schedule.sigmas[timesteps])
+        return alpha * clean + sigma * noise
 
-        device = schedule.alphas.device
-        self.schedule = schedule
-        self.step = recorded(step, device)
-        self.stops = torch.linspace(len(schedule.alphas) - 1, 0, SOLVER_STEPS + 1, device=device).round().long()
-        # Where each step leads: the last one to latents without noise.
-        self.alphas = torch.cat([schedule.alphas[self.stops[1:-1]], torch.ones(1, device=device)])
-        self.sigmas = torch.cat([schedule.sigmas[self.stops[1:-1]], torch.zeros(1, device=device)])
+    replayed = recorded(step, device)
+    stops = torch.linspace(len(schedule.alphas) - 1, 0, SOLVER_STEPS + 1, device=device).round().long()
+    # Where each step leads: the last one to latents without noise.
+    alphas = torch.cat([schedule.alphas[stops[1:-1]], torch.ones(1, device=device)])
+    sigmas = torch.cat([schedule.sigmas[stops[1:-1]], torch.zeros(1, device=device)])
 
-    def solve(self, noise: Tensor, rows: Tensor) -> Tensor:
-        """Latents of the prompts in `rows` `[N]` from standard normal noise `[N, 4, h, w]`."""
+    def solve(noise: Tensor, rows: Tensor) -> Tensor:
         noisy = noise
-        for stop, alpha, sigma in zip(self.stops[:-1], self.alphas, self.sigmas, strict=True):
-            noisy = self.step(noisy, stop.expand(len(noise)), alpha, sigma, rows)
+        for stop, alpha, sigma in zip(stops[:-1], alphas, sigmas, strict=True):
+            noisy = replayed(noisy, stop.expand(len(noise)), alpha, sigma, rows)
         return noisy.clone()
+
+    return solve

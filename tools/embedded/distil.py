@@ -13,15 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tools.embedded.diffusion import (
-    NoiseSchedule,
-    Solver,
-    denoise,
-    denoise_guided,
-    noise_schedule,
-    velocity_step,
-)
-from tools.embedded.layout import Conditioning, Networks, one_step_latents
+from tools.embedded.diffusion import Teacher, denoise, denoise_guided, solver_of, velocity_step
+from tools.embedded.layout import LATENT_SHAPE, Conditioning, Networks, one_step_latents
 from tools.embedded.progress import Progress, optimisers_of, record, steps, update
 from tools.embedded.prompts import Prompts
 from tools.embedded.recorded import recorded
@@ -50,24 +43,15 @@ class Pairs:
     rows: Tensor
 
 
-def make_pairs(
-    teacher: Any,
-    schedule: NoiseSchedule,
-    prompts: Prompts,
-    encoded: Conditioning,
-    labels: Tensor,
-    side: int,
-    generator: torch.Generator,
-) -> Pairs:
-    """What the teacher makes of noise, for classes drawn from `labels` and phrasings at random."""
-    device = generator.device
-    solver = Solver(teacher, schedule, encoded)
-    rows = prompts.draw(labels[torch.randint(len(labels), (PAIRS,), device=device, generator=generator)], generator)
-    noise = torch.randn(PAIRS, 4, side, side, device=device, generator=generator).half()
+def make_pairs(teacher: Teacher, prompts: Prompts, generator: torch.Generator) -> Pairs:
+    """What the teacher makes of noise, for prompts at random."""
+    solve = solver_of(teacher)
+    rows = prompts.draw(PAIRS, generator)
+    noise = torch.randn(PAIRS, *LATENT_SHAPE, device=generator.device, generator=generator).half()
     latents = torch.empty_like(noise)
     for first in range(0, PAIRS, SOLVED_AT_ONCE):
         part = slice(first, first + SOLVED_AT_ONCE)
-        latents[part] = solver.solve(noise[part].float(), rows[part])
+        latents[part] = solve(noise[part].float(), rows[part])
         if first % (PAIRS // 10) < SOLVED_AT_ONCE:
             print(f"pairs {first + SOLVED_AT_ONCE} of {PAIRS}", flush=True)
     return Pairs(noise, latents, rows)
@@ -99,20 +83,16 @@ def train_distil(
 
 def train_match(
     networks: Networks,
-    teacher: Any,
+    teacher: Teacher,
     rival: Any,
     progress: Progress,
     prompts: Prompts,
-    encoded: Conditioning,
-    labels: Tensor,
-    side: int,
     total: int,
     on_save: Callable[[], None],
 ) -> None:
-    """Train the student, `networks.unet`, for `total` steps against the rival, a copy of the teacher at first."""
-    generator = progress.generator
+    """Train the student, `networks.unet`, for `total` steps against a rival that is the teacher's UNet at first."""
+    schedule, encoded, generator = teacher.schedule, teacher.encoded, progress.generator
     device = generator.device
-    schedule = noise_schedule(networks.scheduler, device)
     students, student_optimisers = optimisers_of(networks.unet, MATCH_RATE)
     rivals, rival_optimisers = optimisers_of(rival, RIVAL_RATE)
 
@@ -120,7 +100,7 @@ def train_match(
         made = one_step_latents(networks, start, encoded.of(rows))
         with torch.no_grad():
             noisy = schedule.noisy(made, timesteps, noise)
-            wanted = denoise_guided(teacher, schedule, noisy, timesteps, encoded, rows)
+            wanted = denoise_guided(teacher, noisy, timesteps, rows)
             distance = (made - wanted).abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=LEAST_DISTANCE)
             gap = (denoise(rival, schedule, noisy, timesteps, encoded.of(rows)) - wanted) / distance
         # The gradient of this to what was made is the gap, the score difference of Yin et al., equation 7.
@@ -133,10 +113,9 @@ def train_match(
         return velocity_step(rival, schedule, made, timesteps, noise, encoded.of(rows), rival_optimisers, rivals)
 
     def draw() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        chosen = torch.randint(len(labels), (MATCH_BATCH,), device=device, generator=generator)
-        start, noise = torch.randn(2, MATCH_BATCH, 4, side, side, device=device, generator=generator)
+        start, noise = torch.randn(2, MATCH_BATCH, *LATENT_SHAPE, device=device, generator=generator)
         timesteps = torch.randint(*COMPARED, (MATCH_BATCH,), device=device, generator=generator)
-        return start, prompts.draw(labels[chosen], generator), timesteps, noise
+        return start, prompts.draw(MATCH_BATCH, generator), timesteps, noise
 
     step, rival_step = recorded(learn, device), recorded(learn_rival, device)
     for _ in steps(progress, [*student_optimisers, *rival_optimisers], total, on_save):

@@ -37,8 +37,10 @@ UNET_WIDTHS = (96, 96)
 VAE_WIDTHS = (16, 32, 64)
 TIME_ID_WIDTH = 16
 
+CANVAS = 32  # pixels that all pictures are made on; larger ones are enlarged from it, for a quarter of the work
 LATENT_CHANNELS = 4
 LATENT_SHRINK = 4  # pixels a latent is wide: two halvings in a VAE of three blocks
+LATENT_SHAPE = (LATENT_CHANNELS, CANVAS // LATENT_SHRINK, CANVAS // LATENT_SHRINK)
 LATENT_SCALE = 0.13025  # SDXL's scaling_factor: 1 / std of its raw latents; ours are normalised to have the same
 
 # The components that have weights.

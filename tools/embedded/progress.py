@@ -49,7 +49,8 @@ def start(progress: Progress, *, resume: bool) -> None:
         if kept.exists():
             _load(kept, progress)
         else:
-            (progress.output / "critic.pt").unlink(missing_ok=True)  # of another training
+            for of_another in ("critic.pt", "pairs.pt"):
+                (progress.output / of_another).unlink(missing_ok=True)
         (progress.output / "training.log").write_text("".join(line + "\n" for line in progress.log))
     except OSError as error:
         raise OutputError(f"{progress.output}: cannot be written: {error.strerror}") from error

@@ -16,25 +16,30 @@ ENCODED_AT_ONCE = 512
 @dataclass(frozen=True)
 class Prompts:
     """`ids` int64 `[phrasings * classes + 1, tokens]`: phrasing by phrasing those of all classes, then the empty
-    prompt. `shares` `[phrasings]`: how often each phrasing is drawn."""
+    prompt. How often each is drawn: `phrasing_shares` `[phrasings]`, `class_shares` `[classes]`."""
 
     ids: Tensor
-    shares: Tensor
-    classes: int
+    phrasing_shares: Tensor
+    class_shares: Tensor
 
     @property
     def empty(self) -> int:
         """The row of the empty prompt."""
         return len(self.ids) - 1
 
-    def draw(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Rows of that many classes at random, int64 `[count]`."""
+        labels = torch.multinomial(self.class_shares, count, replacement=True, generator=generator)
+        return self.draw_phrasings(labels, generator)
+
+    def draw_phrasings(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """A row for each of `labels` `[N]`, of a phrasing at random."""
-        phrasings = torch.multinomial(self.shares, len(labels), replacement=True, generator=generator)
-        return phrasings * self.classes + labels
+        phrasings = torch.multinomial(self.phrasing_shares, len(labels), replacement=True, generator=generator)
+        return phrasings * len(self.class_shares) + labels
 
 
-def prompts_of(networks: Networks, tasks: list[Task], device: torch.device) -> Prompts:
-    """The prompts of all classes of the tasks, in a row."""
+def prompts_of(networks: Networks, tasks: list[Task], counts: Tensor) -> Prompts:
+    """The prompts of all classes of the tasks, in a row, a class drawn in proportion to its real images, `counts`."""
     ids, shares = [], []
     for style, share in STYLE_SHARES.items():
         phrasings = list(zip(*(task.prompts(style) for task in tasks), strict=True))
@@ -42,7 +47,7 @@ def prompts_of(networks: Networks, tasks: list[Task], device: torch.device) -> P
             ids.append(torch.cat([token_ids(networks, of_task) for of_task in phrasing]))
             shares.append(share / len(phrasings))
     everything = torch.cat([*ids, token_ids(networks, [""])])
-    return Prompts(everything.to(device), torch.tensor(shares, device=device), len(ids[0]))
+    return Prompts(everything.to(counts.device), torch.tensor(shares, device=counts.device), counts.float())
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor
 from tools.embedded.arithmetic import computing
 from tools.embedded.critic import Critic, difference
 from tools.embedded.images import RealImages, to_unit
-from tools.embedded.layout import LATENT_CHANNELS, LATENT_SCALE, LATENT_SHRINK, Networks
+from tools.embedded.layout import LATENT_SCALE, LATENT_SHAPE, Networks
 from tools.embedded.progress import Progress, adam, record, steps, update
 from tools.embedded.recorded import recorded
 
@@ -51,8 +51,7 @@ def train_vae(networks: Networks, critic: Critic, progress: Progress, images: Re
     for _ in steps(progress, optimisers, total):
         classes = labels[torch.randint(len(labels), (BATCH,), device=device, generator=generator)]
         batch = images.draw(classes, 1, generator)
-        side = batch.shape[-1] // LATENT_SHRINK
-        noise = torch.randn(BATCH, LATENT_CHANNELS, side, side, device=device, generator=generator)
+        noise = torch.randn(BATCH, *LATENT_SHAPE, device=device, generator=generator)
         record(progress, **dict(zip(("loss", "seen", "kl", "psnr"), step(batch, noise), strict=True)))
     normalise_latents(vae, images.draw(torch.arange(len(images.counts), device=device), NORMALISE_ON, generator))
 

@@ -9,7 +9,7 @@ from diffusers import EulerAncestralDiscreteScheduler
 from torch import Tensor
 
 from tools.embedded import diffusion
-from tools.embedded.diffusion import NoiseSchedule, Solver, column, denoise, denoise_guided, noise_schedule
+from tools.embedded.diffusion import NoiseSchedule, Teacher, column, denoise, denoise_guided, noise_schedule, solver_of
 from tools.embedded.layout import Conditioning
 
 CPU = torch.device("cpu")
@@ -48,12 +48,12 @@ def test_the_schedule_keeps_the_variance(schedule: NoiseSchedule) -> None:
 def test_a_noisy_gaussian_is_denoised_to_what_is_to_be_expected(schedule: NoiseSchedule) -> None:
     torch.manual_seed(0)
     mean, spread, timestep = 1.5, 0.5, 400
-    teacher = OfGaussians(schedule, torch.tensor([mean]), spread)
+    unet = OfGaussians(schedule, torch.tensor([mean]), spread)
     clean = mean + spread * torch.randn(4000, 1, 4, 4)
     noise = torch.randn(clean.shape)
     timesteps = torch.full((len(clean),), timestep)
     noisy = schedule.noisy(clean, timesteps, noise)
-    expected = denoise(teacher, schedule, noisy, timesteps, numbered(1).of(torch.zeros_like(timesteps)))
+    expected = denoise(unet, schedule, noisy, timesteps, numbered(1).of(torch.zeros_like(timesteps)))
     error = clean - expected
     assert abs(error.mean()) < 0.02
     assert abs((error * noisy).mean() - error.mean() * noisy.mean()) < 0.02, "a linear guess would be nearer"
@@ -63,22 +63,22 @@ def test_the_solver_leads_noise_to_samples(schedule: NoiseSchedule, monkeypatch:
     monkeypatch.setattr(diffusion, "SOLVER_STEPS", 250)
     means, spread = torch.tensor([-2.0, 0.5, 0.5]), 0.7
     monkeypatch.setattr(diffusion, "GUIDANCE", 1.0)
-    solver = Solver(OfGaussians(schedule, means, spread), schedule, numbered(3))
+    solve = solver_of(Teacher(OfGaussians(schedule, means, spread), schedule, numbered(3)))
     noise = torch.randn(6, 4, 2, 2, generator=torch.Generator().manual_seed(1))
     rows = torch.tensor([0, 1, 0, 1, 0, 1])
     alpha, sigma = schedule.alphas[-1], schedule.sigmas[-1]
     # Along the flow between Gaussians a point keeps its distance from the mean in deviations.
     mean = column(means[rows])
     exact = mean + spread * (noise - alpha * mean) / (alpha**2 * spread**2 + sigma**2).sqrt()
-    torch.testing.assert_close(solver.solve(noise, rows), exact, atol=0.05, rtol=0)
+    torch.testing.assert_close(solve(noise, rows), exact, atol=0.05, rtol=0)
 
 
 def test_guidance_goes_further_the_way_the_prompt_leads(schedule: NoiseSchedule) -> None:
-    teacher = OfGaussians(schedule, torch.tensor([2.0, 0.0]), 0.5)
-    encoded, timesteps = numbered(2), torch.full((3,), 600)
+    unet, encoded = OfGaussians(schedule, torch.tensor([2.0, 0.0]), 0.5), numbered(2)
+    timesteps = torch.full((3,), 600)
     noisy = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(2))
     rows = torch.zeros(3, dtype=torch.long)
-    prompted = denoise(teacher, schedule, noisy, timesteps, encoded.of(rows))
-    unprompted = denoise(teacher, schedule, noisy, timesteps, encoded.of(rows + 1))
-    guided = denoise_guided(teacher, schedule, noisy, timesteps, encoded, rows)
+    prompted = denoise(unet, schedule, noisy, timesteps, encoded.of(rows))
+    unprompted = denoise(unet, schedule, noisy, timesteps, encoded.of(rows + 1))
+    guided = denoise_guided(Teacher(unet, schedule, encoded), noisy, timesteps, rows)
     torch.testing.assert_close(guided - unprompted, diffusion.GUIDANCE * (prompted - unprompted))

@@ -10,17 +10,15 @@ from torch import Tensor
 
 from tests.tools.embedded.test_diffusion import OfGaussians, numbered
 from tools.embedded import distil, layout
-from tools.embedded.diffusion import NoiseSchedule, noise_schedule
+from tools.embedded.diffusion import NoiseSchedule, Teacher, noise_schedule
 from tools.embedded.distil import Pairs, make_pairs, train_distil, train_match
 from tools.embedded.layout import Conditioning
 from tools.embedded.progress import Progress
 from tools.embedded.prompts import Prompts
 
 CPU = torch.device("cpu")
-SIDE = 8
-# Of three prompts, the last the empty one; with the same mean, guidance changes nothing.
-PROMPTS = Prompts(torch.zeros(3, 1, dtype=torch.long), torch.ones(1), classes=2)
-LABELS = torch.tensor([0, 1])
+# Three prompts, the last the empty one.
+PROMPTS = Prompts(torch.zeros(3, 1, dtype=torch.long), torch.ones(1), torch.ones(2))
 
 
 @pytest.fixture
@@ -51,7 +49,7 @@ def embeddings() -> Conditioning:
 
 
 def samples(networks: layout.Networks) -> Tensor:
-    noise = torch.randn(32, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(9))
+    noise = torch.randn(32, *layout.LATENT_SHAPE, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         return layout.one_step_latents(networks, noise, embeddings().of(torch.zeros(32, dtype=torch.long)))
 
@@ -59,9 +57,8 @@ def samples(networks: layout.Networks) -> Tensor:
 def test_pairs_are_of_the_teachers_classes(schedule: NoiseSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distil, "PAIRS", 40)
     monkeypatch.setattr(distil, "SOLVED_AT_ONCE", 10)
-    teacher = OfGaussians(schedule, torch.tensor([2.0, -2.0, 0.0]), 0.3)
-    generator = torch.Generator().manual_seed(0)
-    pairs = make_pairs(teacher, schedule, PROMPTS, numbered(3), LABELS, SIDE, generator)
+    teacher = Teacher(OfGaussians(schedule, torch.tensor([2.0, -2.0, 0.0]), 0.3), schedule, numbered(3))
+    pairs = make_pairs(teacher, PROMPTS, torch.Generator().manual_seed(0))
     assert set(pairs.rows.tolist()) == {0, 1}
     sides = pairs.latents.float().mean(dim=(1, 2, 3)).sign()
     assert torch.equal(sides, torch.where(pairs.rows == 0, 1.0, -1.0))
@@ -72,7 +69,7 @@ def test_a_student_learns_where_the_teacher_leads(
     networks: layout.Networks, begin: Callable[[layout.Networks], Progress], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distil, "DISTIL_BATCH", 16)
-    noise = torch.randn(32, 4, SIDE, SIDE, generator=torch.Generator().manual_seed(9))
+    noise = torch.randn(32, *layout.LATENT_SHAPE, generator=torch.Generator().manual_seed(9))
     pairs = Pairs(noise.half(), (0.5 * noise + 1).half(), torch.zeros(32, dtype=torch.long))
     before = (samples(networks) - pairs.latents.float()).square().mean()
     train_distil(networks, begin(networks), embeddings(), pairs, 30, lambda: None)
@@ -86,9 +83,9 @@ def test_a_student_moves_to_what_the_teacher_finds_likely(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(distil, "MATCH_BATCH", 16)
-    teacher = OfGaussians(schedule, torch.tensor([1.0, 1.0, 1.0]), 0.5)
+    # With and without a prompt the same, so that guidance changes nothing.
+    teacher = Teacher(OfGaussians(schedule, torch.tensor([1.0, 1.0, 1.0]), 0.5), schedule, embeddings())
     rival = copy.deepcopy(networks.unet)
     before = samples(networks).mean()
-    progress = begin(networks)
-    train_match(networks, teacher, rival, progress, PROMPTS, embeddings(), LABELS, SIDE, total=30, on_save=lambda: None)
+    train_match(networks, teacher, rival, begin(networks), PROMPTS, 30, lambda: None)
     assert abs(samples(networks).mean() - 1) < 0.9 * abs(before - 1)

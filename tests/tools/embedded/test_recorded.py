@@ -14,7 +14,7 @@ def losses_of_training(device: torch.device, *, record: bool) -> list[float]:
     parameters, optimisers = optimisers_of(network, 1e-2)
 
     def learn(inputs: Tensor) -> Tensor:
-        loss = (network(inputs) - inputs.flip(1)).square().mean()
+        loss: Tensor = (network(inputs) - inputs.flip(1)).square().mean()
         update(optimisers, parameters, loss)
         return loss.detach()
 
