@@ -34,7 +34,7 @@ from submission.generator import Generator, load_generator
 from submission.progress import Log
 from submission.tasks import load_task
 from submission.work import Work
-from tools.embedded import critic, diffusion, distil, progress, vae
+from tools.embedded import critic, diffusion, distil, layout, progress, vae
 
 NOBODY = 65534
 # The main function of a command line.
@@ -243,12 +243,13 @@ def gpu_without_weights(_: object) -> None:
 
 
 def small_training(_: object) -> None:
-    """The trainer's batches are a few images, every other step has a line in the log. Nothing is compiled, which takes
-    longer than to train so little."""
+    """The trainer's batches are a few images, its UNets narrow, every other step has a line in the log. Nothing is
+    compiled, which takes longer than to train so little."""
     torch._dynamo.config.disable = True
     vars(critic).update(STEPS=2, PROGRESS_EVERY=1)
     vars(vae).update(BATCH=4, NORMALISE_ON=1)
     vars(progress).update(LOG_EVERY=2)
+    vars(layout).update(UNET_WIDTHS=(32, 32))
     vars(diffusion).update(BATCH=4, SOLVER_STEPS=2)
     vars(distil).update(PAIRS=20, SOLVED_AT_ONCE=10, DISTIL_BATCH=4, MATCH_BATCH=4)
 

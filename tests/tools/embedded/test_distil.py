@@ -82,10 +82,10 @@ def test_a_student_moves_to_what_the_teacher_finds_likely(
     begin: Callable[[layout.Networks], Progress],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(distil, "MATCH_BATCH", 16)
+    monkeypatch.setattr(distil, "MATCH_BATCH", 8)
     # With and without a prompt the same, so that guidance changes nothing.
     teacher = Teacher(OfGaussians(schedule, torch.tensor([1.0, 1.0, 1.0]), 0.5), schedule, embeddings())
     rival = copy.deepcopy(networks.unet)
     before = samples(networks).mean()
-    train_match(networks, teacher, rival, begin(networks), PROMPTS, 30, lambda: None)
+    train_match(networks, teacher, rival, begin(networks), PROMPTS, 20, lambda: None)
     assert abs(samples(networks).mean() - 1) < 0.9 * abs(before - 1)
