@@ -131,7 +131,7 @@ def train(options: Options) -> None:
     """All stages, or what is left of them. Raises InputFileError for the data, OutputError for the folder."""
     keep_freed_memory()
     device = choose_device(options.device, local_rank=0)
-    torch.backends.cudnn.benchmark = True  # every stage has batches of one shape
+    torch.backends.cudnn.benchmark = True  # the steps of a stage have batches of one shape
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     tasks = [load_task(name) for name in TASKS]
@@ -142,7 +142,13 @@ def train(options: Options) -> None:
         network.to(device)
         if device.type == "cpu" and not isinstance(network, PreTrainedModel):
             network.to(memory_format=torch.channels_last)  # about three times as fast in these narrow convolutions
-    progress = Progress(options.output, options.save_every, trained, torch.Generator(device).manual_seed(options.seed))
+    progress = Progress(
+        options.output,
+        options.save_every,
+        trained,
+        torch.Generator(device).manual_seed(options.seed),
+        {"device": device.type, "seed": options.seed, **stage_steps(options)},
+    )
     start(progress, resume=options.resume)
     images = real_images(options.data, tasks, device)
     if progress.stage == "vae":
@@ -164,6 +170,16 @@ def train(options: Options) -> None:
         begin_stage(progress, "match")
     train_match(networks, teacher, rival, progress, prompts, options.match_steps, on_save)
     write_checkpoint(options, networks, progress)
+
+
+def stage_steps(options: Options) -> dict[str, int]:
+    """Optimiser steps of each stage."""
+    return {
+        "vae": options.vae_steps,
+        "diffusion": options.diffusion_steps,
+        "distil": options.distil_steps,
+        "match": options.match_steps,
+    }
 
 
 def all_prompts(tasks: list[Task]) -> list[str]:
@@ -237,13 +253,7 @@ def write_checkpoint(options: Options, networks: Networks, progress: Progress) -
         "objective": "VAE: L1 + KL + critic's features; teacher: v-prediction; "
         "student: regression to the teacher's guided samples, then distribution matching",
         "seed": options.seed,
-        "steps": {
-            "critic": STEPS,
-            "vae": options.vae_steps,
-            "diffusion": options.diffusion_steps,
-            "distil": options.distil_steps,
-            "match": options.match_steps,
-        },
+        "steps": {"critic": STEPS, **stage_steps(options)},
         "device": torch.cuda.get_device_name() if networks.unet.device.type == "cuda" else "cpu",
         "threads": options.threads,
         "seconds": round(progress.seconds),

@@ -17,7 +17,7 @@ from torch import Tensor
 from submission.tasks import PromptStyle, Task, load_task
 from tests import forked
 from tools import train_embedded
-from tools.embedded import layout
+from tools.embedded import arithmetic, layout
 from tools.embedded.vae import normalise_latents
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +101,9 @@ def test_refusals_say_what_to_do(data: Path, trained: Path, tmp_path: Path, caps
     status, message = refused("--data", str(data), "--output", str(trained), "--threads", "1")
     assert status == 5
     assert "--resume" in message
+    status, message = refused("--data", str(data), "--output", str(trained), "--device", "cpu", "--resume")
+    assert status == 5
+    assert "seed 5" in message
     status, message = refused("--data", str(tmp_path), "--output", str(tmp_path / "out"), "--threads", "1")
     assert status == 6
     assert "--data" in message
@@ -226,7 +229,8 @@ def test_embedded_checkpoint_samples(embedded: Any, size: int) -> None:
     assert (images[1:] - images[:1]).abs().mean() > 0.02, "the same image whatever the noise"
 
 
-def test_training_samples_as_diffusers_does(embedded: Any) -> None:
+def test_training_samples_as_diffusers_does(embedded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "compute_dtype", lambda device: torch.float32)  # as the pipeline computes
     networks = networks_of(embedded)
     prompts = ["a photo of an apple", "wolf"]
     noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))

@@ -100,7 +100,8 @@ def velocity_step(
 ) -> Tensor:
     """One step towards predicting v = alpha n - sigma x (Salimans & Ho 2022); returns the squared error."""
     alpha, sigma = column(schedule.alphas[timesteps]), column(schedule.sigmas[timesteps])
-    error = predict_v(unet, alpha * clean + sigma * noise, timesteps, conditioning) - (alpha * noise - sigma * clean)
+    noisy = schedule.noisy(clean, timesteps, noise)
+    error = predict_v(unet, noisy, timesteps, conditioning) - (alpha * noise - sigma * clean)
     loss = error.square().mean()
     update(optimisers, parameters, loss)
     return loss.detach()

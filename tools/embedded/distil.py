@@ -103,7 +103,8 @@ def train_match(
             wanted = denoise_guided(teacher, noisy, timesteps, rows)
             distance = (made - wanted).abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=LEAST_DISTANCE)
             gap = (denoise(rival, schedule, noisy, timesteps, encoded.of(rows)) - wanted) / distance
-        # The gradient of this to what was made is the gap, the score difference of Yin et al., equation 7.
+        # The gradient of this to what was made is, up to a factor, the gap: the score difference of Yin et al.,
+        # equation 7, with the weight of equation 8.
         update(student_optimisers, students, (made * gap).mean())
         return gap.square().mean()
 

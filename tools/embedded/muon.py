@@ -30,6 +30,8 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape: dict[torch.Size, list[Tensor]] = {}
             for weight in group["params"]:
+                if weight.grad is None:
+                    continue
                 if not self.state[weight]:
                     self.state[weight]["momentum"] = torch.zeros_like(weight)
                 by_shape.setdefault(weight.shape, []).append(weight)

@@ -28,6 +28,7 @@ class Progress:
     save_every: int  # steps
     networks: dict[str, nn.Module]
     generator: torch.Generator  # of the device that trains
+    settings: dict[str, Any]  # what a resumed training must have been begun with
     stage: str = "vae"
     step: int = 0  # done in this stage
     seconds: float = 0.0  # of steps so far, over all starts
@@ -48,7 +49,7 @@ def start(progress: Progress, *, resume: bool) -> None:
             raise OutputError(f"{kept} is there from another training: go on with --resume, or choose another --output")
         if kept.exists():
             _load(kept, progress)
-        else:
+        elif not resume:
             for of_another in ("critic.pt", "pairs.pt"):
                 (progress.output / of_another).unlink(missing_ok=True)
         (progress.output / "training.log").write_text("".join(line + "\n" for line in progress.log))
@@ -145,6 +146,7 @@ def record(progress: Progress, **losses: Tensor) -> None:
 def save(progress: Progress) -> None:
     """Put everything that a resumed run needs into one file."""
     state = {
+        "settings": progress.settings,
         "networks": {name: network.state_dict() for name, network in progress.networks.items()},
         "stage": progress.stage,
         "step": progress.step,
@@ -166,6 +168,9 @@ def save_whole(value: Any, path: Path) -> None:
 
 def _load(path: Path, progress: Progress) -> None:
     state = torch.load(path, map_location=progress.generator.device, weights_only=True)
+    if state["settings"] != progress.settings:
+        begun = ", ".join(f"{name} {value}" for name, value in state["settings"].items())
+        raise OutputError(f"{path} is of a training with other options ({begun}): give the same, or another --output")
     for name, network in progress.networks.items():
         network.load_state_dict(state["networks"][name])
     progress.generator.set_state(state["generator"].cpu())

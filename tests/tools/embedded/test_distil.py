@@ -36,7 +36,7 @@ def schedule(networks: layout.Networks) -> NoiseSchedule:
 @pytest.fixture
 def begin(tmp_path: Path) -> Callable[[layout.Networks], Progress]:
     def make(networks: layout.Networks) -> Progress:
-        return Progress(tmp_path, 1000, {"unet": networks.unet}, torch.Generator().manual_seed(0))
+        return Progress(tmp_path, 1000, {"unet": networks.unet}, torch.Generator().manual_seed(0), {})
 
     return make
 
@@ -86,6 +86,7 @@ def test_a_student_moves_to_what_the_teacher_finds_likely(
     # With and without a prompt the same, so that guidance changes nothing.
     teacher = Teacher(OfGaussians(schedule, torch.tensor([1.0, 1.0, 1.0]), 0.5), schedule, embeddings())
     rival = copy.deepcopy(networks.unet)
-    before = samples(networks).mean()
+    before, rival_before = samples(networks).mean(), rival.conv_out.weight.clone()
     train_match(networks, teacher, rival, begin(networks), PROMPTS, 20, lambda: None)
     assert abs(samples(networks).mean() - 1) < 0.9 * abs(before - 1)
+    assert not torch.equal(rival.conv_out.weight, rival_before), "the rival learnt nothing"
