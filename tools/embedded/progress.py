@@ -168,8 +168,9 @@ def save_whole(value: Any, path: Path) -> None:
 
 def _load(path: Path, progress: Progress) -> None:
     state = torch.load(path, map_location=progress.generator.device, weights_only=True)
-    if state["settings"] != progress.settings:
-        begun = ", ".join(f"{name} {value}" for name, value in state["settings"].items())
+    settings = state.get("settings", {})  # none: begun by an earlier version
+    if settings != progress.settings:
+        begun = ", ".join(f"{name} {value}" for name, value in settings.items()) or "an earlier version's"
         raise OutputError(f"{path} is of a training with other options ({begun}): give the same, or another --output")
     for name, network in progress.networks.items():
         network.load_state_dict(state["networks"][name])
