@@ -294,9 +294,9 @@ def test_a_stopped_process_plans_anew(tmp_path: Path) -> None:
     process = start_and_wait(output, *NO_CAP, "--batch-size", "20")
     time.sleep(0.3)
     kill(process, signal.SIGSTOP)
-    time.sleep(2)
+    time.sleep(4)  # several times what a batch takes on a busy machine too
     kill(process, signal.SIGCONT)
-    time.sleep(0.5)
+    forked.wait_for(lambda: "were expected" in said(output), process)
     kill(process, signal.SIGTERM)
     assert end(process) == 0
     assert any("were expected" in warning for warning in manifest_of(output)["warnings"])
