@@ -72,14 +72,13 @@ def scale(images: torch.Tensor) -> torch.Tensor:
     factor_x = torch.rand(len(images)) * (SCALE - smallest) + smallest
     factor_y = torch.rand(len(images)) * (SCALE - smallest) + smallest
     zero = torch.zeros_like(factor_x)
-    return _resample(images, torch.stack((factor_x, zero, zero, zero, factor_y, zero), dim=1))
+    return _resample(images, torch.stack((factor_x, zero, zero, factor_y)))
 
 
 def rotate(images: torch.Tensor) -> torch.Tensor:
     """A rotation about the centre, bilinear, zeros outside."""
     angle = (torch.rand(len(images)) - 0.5) * 2 * ROTATE_DEGREES / 180 * math.pi
-    zero = torch.zeros_like(angle)
-    return _resample(images, torch.stack((angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero), dim=1))
+    return _resample(images, torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos())))
 
 
 Operation = Callable[[torch.Tensor], torch.Tensor]
@@ -108,7 +107,18 @@ def _integers(images: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
     return torch.randint(lowest, highest + 1, size=(len(images), 1, 1, 1), device=images.device)
 
 
-def _resample(images: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-    """Images sampled on affine maps of their pixel grid; matrices is [N, 6], rows of 2 x 3, from output to input."""
-    grid = F.affine_grid(matrices.view(-1, 2, 3).to(images), list(images.shape), align_corners=False)
+def _resample(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """Images sampled on linear maps of their pixel grid; maps is [4, N], rows of 2 x 2, from output to input.
+
+    The grid is that of `affine_grid`, which the reference calls, without its matrix product: that is rounded in one way
+    on one CPU and in another on the next, and 1e-5 of a pixel came of it.
+    """
+    x, y = (_centres(length, images) for length in (images.shape[3], images.shape[2]))
+    xx, xy, yx, yy = maps.to(images)[..., None, None]
+    grid = torch.stack((xx * x + xy * y[:, None], yx * x + yy * y[:, None]), dim=3)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+
+
+def _centres(length: int, images: torch.Tensor) -> torch.Tensor:
+    """The middles of pixels in a row of so many, from edge to edge -1 to 1."""
+    return torch.linspace(-1, 1, length, device=images.device) * (length - 1) / length
