@@ -1,7 +1,7 @@
 """What batches take of this process's memory, so that they do not outgrow what was said beforehand."""
 
 import ctypes
-import resource
+import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,5 +50,11 @@ def return_freed() -> None:
 
 
 def peak_memory() -> int:
-    """Bytes, the most that were resident at once."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Bytes, the most that were resident at once (proc(5), VmHWM), or are now where the kernel does not count that.
+
+    `getrusage` would not do: its peak is at least that of the process which started this one, and stays.
+    """
+    with suppress(OSError):
+        if found := re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE):
+            return int(found[1]) * 1024
+    return int(psutil.Process().memory_info().rss)

@@ -1,5 +1,7 @@
 """What a job says that it takes: rounds lie on disk, weights and prompts in memory, batches keep within bounds."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from submission.checkpoint import EMBEDDED, inspect
 from submission.needs import memory_free, memory_needed
 from submission.tasks import load_task
 from submission.working_memory import WORKING, WorkingMemory
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_classes_prompts_and_weights_count_and_images_a_class_do_not() -> None:
@@ -35,3 +39,10 @@ def test_batches_may_grow_until_twice_their_memory_would_be_too_much() -> None:
     assert memory.allows_more()
     bytearray(b"x") * WORKING  # taken, and let go
     assert not memory.allows_more() and memory.peak >= WORKING
+
+
+def test_what_the_process_that_starts_a_job_takes_is_not_the_job_s() -> None:
+    job = "from submission.working_memory import peak_memory; print(peak_memory())"
+    harness = f"import subprocess, sys; held = b'x' * {WORKING}; subprocess.run([sys.executable, '-c', {job!r}])"
+    said = subprocess.run([sys.executable, "-c", harness], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert int(said) < WORKING / 10
