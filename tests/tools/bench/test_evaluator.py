@@ -12,7 +12,7 @@ from tools.bench.__main__ import main
 
 
 def test_from_the_command_line(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tools.bench", "evaluator", "--size", "16", "--steps", "1", "--turns", "3"]
+    command = [sys.executable, "-m", "tools.bench", "evaluator", "--size", "16", "--steps", "1", "--turns", "2"]
     finished = subprocess.run(
         [*command, "--json", str(tmp_path / "figures.json")],
         cwd=Path(__file__).parents[3],
