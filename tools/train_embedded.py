@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from submission.cli import Parser
 from submission.device import choose_device
-from submission.errors import InputFileError, UsageError
+from submission.errors import InputFileError, OutputError, UsageError
 from submission.tasks import Task, load_task
 from tools.command import exit_code_of
 from tools.embedded import diffusion, distil, vae
@@ -78,7 +78,7 @@ class Options:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    return exit_code_of(lambda: train(parse(argv)))
+    return exit_code_of(lambda: run(parse(argv)))
 
 
 def build_parser() -> Parser:
@@ -127,8 +127,19 @@ def parse(argv: list[str] | None) -> Options:
     return options
 
 
+def run(options: Options) -> None:
+    """Raises InputFileError for the data, OutputError for the folder."""
+    try:
+        train(options)
+    except OSError as error:  # not the data's: what reads them has an error of its own
+        raise OutputError(
+            f"cannot write to {options.output} ({error.strerror}): make room and go on with --resume, or choose "
+            "another --output"
+        ) from error
+
+
 def train(options: Options) -> None:
-    """All stages, or what is left of them. Raises InputFileError for the data, OutputError for the folder."""
+    """All stages, or what is left of them. Raises InputFileError for the data; OutputError, OSError for the folder."""
     keep_freed_memory()
     device = choose_device(options.device, local_rank=0)
     torch.backends.cudnn.benchmark = True  # the steps of a stage have batches of one shape

@@ -18,6 +18,7 @@ from submission.tasks import PromptStyle, Task, load_task
 from tests import forked
 from tools import train_embedded
 from tools.embedded import arithmetic, layout
+from tools.embedded.progress import save_whole
 from tools.embedded.vae import normalise_latents
 
 ROOT = Path(__file__).parents[2]
@@ -94,14 +95,18 @@ def test_a_trained_checkpoint_loads_and_samples(trained: Path) -> None:
     assert (trained / "checkpoint" / "training.log").read_text() == (trained / "training.log").read_text()
 
 
-def test_refusals_say_what_to_do(data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals_say_what_to_do(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    save_whole({"settings": {"device": "cpu", "seed": 5}}, begun / "state.pt")
+
     def refused(*argv: str) -> tuple[int, str]:
         return train_embedded.main(list(argv)), capsys.readouterr().err
 
-    status, message = refused("--data", str(data), "--output", str(trained), "--threads", "1")
+    status, message = refused("--data", str(data), "--output", str(begun), "--threads", "1")
     assert status == 5
     assert "--resume" in message
-    status, message = refused("--data", str(data), "--output", str(trained), "--device", "cpu", "--resume")
+    status, message = refused("--data", str(data), "--output", str(begun), "--device", "cpu", "--resume")
     assert status == 5
     assert "seed 5" in message
     status, message = refused("--data", str(tmp_path), "--output", str(tmp_path / "out"), "--threads", "1")
@@ -110,6 +115,16 @@ def test_refusals_say_what_to_do(data: Path, trained: Path, tmp_path: Path, caps
     status, message = refused("--data", str(data), "--output", str(tmp_path / "out"), "--vae-steps", "0")
     assert status == 2
     assert "--vae-steps" in message
+    (tmp_path / "file").touch()
+    status, message = refused("--data", str(data), "--output", str(tmp_path / "file"))
+    assert status == 5
+    assert "another --output" in message
+
+
+def test_a_full_disk_is_what_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "state.pt.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        save_whole({"weights": torch.zeros(9)}, tmp_path / "state.pt")
 
 
 @pytest.fixture(autouse=True)

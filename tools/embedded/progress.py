@@ -40,21 +40,18 @@ class Progress:
 def start(progress: Progress, *, resume: bool) -> None:
     """Make the output folder ready: take up its state, or refuse one that holds a training already.
 
-    Raises OutputError.
+    Raises OutputError, and OSError as all that writes there.
     """
     kept = progress.output / "state.pt"
-    try:
-        progress.output.mkdir(parents=True, exist_ok=True)
-        if kept.exists() and not resume:
-            raise OutputError(f"{kept} is there from another training: go on with --resume, or choose another --output")
-        if kept.exists():
-            _load(kept, progress)
-        elif not resume:
-            for of_another in ("critic.pt", "pairs.pt"):
-                (progress.output / of_another).unlink(missing_ok=True)
-        (progress.output / "training.log").write_text("".join(line + "\n" for line in progress.log))
-    except OSError as error:
-        raise OutputError(f"{progress.output}: cannot be written: {error.strerror}") from error
+    progress.output.mkdir(parents=True, exist_ok=True)
+    if kept.exists() and not resume:
+        raise OutputError(f"{kept} is there from another training: go on with --resume, or choose another --output")
+    if kept.exists():
+        _load(kept, progress)
+    elif not resume:
+        for of_another in ("critic.pt", "pairs.pt"):
+            (progress.output / of_another).unlink(missing_ok=True)
+    (progress.output / "training.log").write_text("".join(line + "\n" for line in progress.log))
 
 
 def begin_stage(progress: Progress, stage: str) -> None:
@@ -162,7 +159,8 @@ def save(progress: Progress) -> None:
 def save_whole(value: Any, path: Path) -> None:
     """Save beside the place and move in: a kill leaves what was there before, or the whole of the new."""
     unfinished = path.with_name(path.name + ".part")
-    torch.save(value, unfinished)
+    with unfinished.open("wb") as file:  # given a path, torch would say of a full disk that a position is unexpected
+        torch.save(value, file)
     unfinished.replace(path)
 
 
