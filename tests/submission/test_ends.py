@@ -368,7 +368,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         # One size of batch: the search ends at another every time, and each takes its own memory.
         options = ("--max-ipc", str(ipc), "--aug-per-image", "0", "--batch-size", "50", "--dtype", "float16")
         assert end(forked.start(output, "--resume", *options)) == 0
-        manifest = manifest_of(output)
+        manifest = json.loads((output / "cifar100.json").read_text())  # the file is noise, and large: nobody audits it
         assert manifest["ipc"] == manifest["rounds"] == ipc
         peaks[ipc] = manifest["peak_memory_bytes"]
     assert peaks[many] - peaks[few] < (many - few) * a_round / 2, peaks
