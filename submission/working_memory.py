@@ -2,6 +2,7 @@
 
 import ctypes
 import re
+import resource
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,11 +51,12 @@ def return_freed() -> None:
 
 
 def peak_memory() -> int:
-    """Bytes, the most that were resident at once (proc(5), VmHWM), or are now where the kernel does not count that.
+    """Bytes, the most that were resident at once (proc(5), VmHWM).
 
-    `getrusage` would not do: its peak is at least that of the process which started this one, and stays.
+    Where the kernel does not count that, `getrusage` does, too high: its peak is at least that of the process which
+    started this one, and stays.
     """
     with suppress(OSError):
         if found := re.search(r"^VmHWM:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE):
             return int(found[1]) * 1024
-    return int(psutil.Process().memory_info().rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -108,17 +108,18 @@ def _integers(images: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
 
 
 def _resample(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    """Images sampled on linear maps of their pixel grid; maps is [4, N], rows of 2 x 2, from output to input.
+    """Images sampled on linear maps of their pixel grid, from output to input; maps is [4, N], an image's 2 x 2 matrix
+    row by row.
 
-    The grid is that of `affine_grid`, which the reference calls, without its matrix product: that is rounded in one way
-    on one CPU and in another on the next, and 1e-5 of a pixel came of it.
+    The grid is that of `affine_grid`, which the reference calls, but without a matrix product, which CPUs round
+    differently: values of pixels differed by 1e-5.
     """
-    x, y = (_centres(length, images) for length in (images.shape[3], images.shape[2]))
+    x, y = (_centres(images, length) for length in (images.shape[3], images.shape[2]))
     xx, xy, yx, yy = maps.to(images)[..., None, None]
     grid = torch.stack((xx * x + xy * y[:, None], yx * x + yy * y[:, None]), dim=3)
     return F.grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
 
-def _centres(length: int, images: torch.Tensor) -> torch.Tensor:
-    """The middles of pixels in a row of so many, from edge to edge -1 to 1."""
+def _centres(images: torch.Tensor, length: int) -> torch.Tensor:
+    """Where the pixels of a row have their middles when its ends are at -1 and 1, float32 [length]."""
     return torch.linspace(-1, 1, length, device=images.device) * (length - 1) / length

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -101,8 +102,8 @@ def make_checkpoint(folder: Path, size: str, seed: int) -> None:
             file = folder / component / f"{WEIGHTS[component]}.fp16.safetensors"
             save_file(dict(_random_weights(network, generator)), file, metadata={"format": "pt"})
             print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB", flush=True)
-    except OSError as error:
-        raise OutputError(f"cannot write {folder} ({error.strerror or error})") from error
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"cannot write {folder} ({getattr(error, 'strerror', None) or error})") from error
 
 
 def on_paper(component: str, config: dict[str, Any]) -> torch.nn.Module:

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -131,10 +132,10 @@ def run(options: Options) -> None:
     """Raises InputFileError for the data, OutputError for the folder."""
     try:
         train(options)
-    except OSError as error:  # not the data's: what reads them has an error of its own
+    except (OSError, SafetensorError) as error:  # not the data's: what reads them has an error of its own
         raise OutputError(
-            f"cannot write to {options.output} ({error.strerror}): make room and go on with --resume, or choose "
-            "another --output"
+            f"cannot write to {options.output} ({getattr(error, 'strerror', None) or error}): make room and go on with "
+            "--resume, or choose another --output"
         ) from error
 
 

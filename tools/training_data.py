@@ -33,9 +33,9 @@ def load_training_images(data: Path, task: str, size: int) -> LabelledImages:
     they are missing or cannot be read.
     """
     path = data / SOURCES[task]
-    if not path.exists():
-        raise InputFileError(f"{path}: no training images of {task} there; give the data folder with --data")
     try:
+        if not path.exists():
+            raise InputFileError(f"{path}: no training images of {task} there; give the data folder with --data")
         return read_grids(path, size) if path.is_dir() else _read_zip(path, size)
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise InputFileError(f"{path}: training images cannot be read: {error}") from error

@@ -191,11 +191,11 @@ def start(*options: str, **environment: str) -> subprocess.Popen[str]:
 
 def test_a_real_run_of_the_embedded_model_ends_before_its_deadline(tmp_path: Path) -> None:
     began = time.monotonic()
-    process = start("cifar100", "--budget", "40s", "--output", str(tmp_path), OMP_NUM_THREADS="1")
+    process = start("cifar100", "--budget", "50s", "--output", str(tmp_path), OMP_NUM_THREADS="1")
     out, err = process.communicate(timeout=120)
     took = time.monotonic() - began
     assert process.returncode == 0, err
-    assert took < 40, "the deadline is the contract"
+    assert took < 50, "the deadline is the contract"
     assert "model: embedded" in out.splitlines()[0]
     manifest = json.loads((tmp_path / "cifar100.json").read_text())
     said = re.search(r"memory: at most ([0-9.]+) GB", out)

@@ -124,7 +124,7 @@ def test_refusals_say_what_to_do(data: Path, tmp_path: Path, capsys: pytest.Capt
 def test_a_full_disk_is_what_it_is_called(tmp_path: Path) -> None:
     (tmp_path / "state.pt.part").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
-        save_whole({"weights": torch.zeros(9)}, tmp_path / "state.pt")
+        save_whole({"weights": torch.zeros(1 << 20)}, tmp_path / "state.pt")
 
 
 @pytest.fixture(autouse=True)

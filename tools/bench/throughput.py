@@ -71,7 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoder",
         choices=("auto", "linear", "pooled"),
         default="auto",
-        help="as for the job; no cheap one comes near enough for auto to the noise of random weights (default: auto)",
+        help="as for the job; at 512 px no cheap one comes near enough for auto to the noise of random weights "
+        "(default: auto)",
     )
     parser.add_argument("--turns", type=number_from(1), default=5, metavar="N", help="turns a side (default: 5)")
     parser.add_argument(

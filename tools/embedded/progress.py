@@ -1,5 +1,6 @@
 """Where a training stands: its steps, its log, and the state that a killed one goes on from."""
 
+import io
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -159,8 +160,9 @@ def save(progress: Progress) -> None:
 def save_whole(value: Any, path: Path) -> None:
     """Save beside the place and move in: a kill leaves what was there before, or the whole of the new."""
     unfinished = path.with_name(path.name + ".part")
-    with unfinished.open("wb") as file:  # given a path, torch would say of a full disk that a position is unexpected
-        torch.save(value, file)
+    whole = io.BytesIO()
+    torch.save(value, whole)  # not to the disk: of a full one torch would say that a position is unexpected
+    unfinished.write_bytes(whole.getbuffer())
     unfinished.replace(path)
 
 
