@@ -42,6 +42,7 @@ NOT_HERE = {
     "fetch-weights": "needs the hub",
     "models/sdxl-turbo": "needs SDXL-Turbo",
     "--size full": "writes 7 GB",
+    "models/random": "needs 7 GB of weights",
     "train-embedded": "takes hours",
     "run.sh test": "would run this test",
 }
