@@ -83,7 +83,7 @@ def build_parser() -> Parser:
         "--protocol",
         choices=("official", "fast"),
         default="official",
-        help="official: their arithmetic, to the digit; fast: the same recipe and random numbers, compiled and in "
+        help="official: their arithmetic; fast: the same recipe and random numbers, compiled and in "
         "bfloat16 where that gains (default: official)",
     )
     parser.add_argument(
