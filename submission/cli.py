@@ -110,10 +110,10 @@ def build_parser() -> Parser:
     )
     parser.add_argument(
         "--decoder",
-        choices=("auto", "linear", "pooled", "vae"),
+        choices=("auto", "linear", "distilled", "tiny", "vae"),
         default="auto",
-        help="latents to pixels: a map fitted to the VAE, the VAE on pooled latents, the VAE itself; auto takes the "
-        "first of them whose pixels keep 30 dB of peak signal-to-noise ratio to the VAE's (default: auto)",
+        help="latents to pixels: a map or a small network fitted to the VAE, a tiny autoencoder beside the checkpoint, "
+        "the VAE itself; auto takes what the measured pace and fidelity make worth most (default: auto)",
     )
     parser.add_argument(
         "--max-ipc", type=number_from(1), metavar="N", help="most images a class in the file (default: the task's, 500)"

@@ -9,7 +9,6 @@ import numpy as np
 from submission.checkpoint import recognise
 from submission.contact_sheet import MOST_CLASSES, draw_contact_sheet
 from submission.dataset_file import AbandonedError, write_dataset
-from submission.decoder import FIDELITY
 from submission.errors import OutputError
 from submission.estimates import Extent
 from submission.manifest import machine, write_json, write_whole
@@ -235,7 +234,6 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
             "name": generator.decoder.rung,
             "dtype": str(generator.vae.dtype),
             "fidelity_db": dict(generator.decoder.fidelity),
-            "fidelity_wanted_db": FIDELITY,
         },
         "checkpoint": {
             "source": work.checkpoint.source,

@@ -1,10 +1,8 @@
 """Flat image numbers to pixels: task, checkpoint, sampler and decoder put together."""
 
-import math
-import time
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,15 +11,7 @@ from torch import Tensor
 
 from submission import pipeline
 from submission.checkpoint import Checkpoint
-from submission.decoder import (
-    CALIBRATION,
-    Decoder,
-    Rung,
-    choose_decoder,
-    choose_vae_dtype,
-    decode,
-    full_decoder,
-)
+from submission.decoder import Decoder, choose_vae_dtype, decode, full_decoder
 from submission.errors import CheckpointError, UsageError
 from submission.progress import Log
 from submission.tasks import PromptStyle, Task
@@ -92,15 +82,13 @@ def load_generator(
     seed: int,
     resolution: int | None,
     dtype: torch.dtype | None = None,
-    decoder: Rung | Literal["auto"] = "auto",
-    patience: float = math.inf,
     project_prompts: bool = True,
 ) -> Generator:
-    """Encodes all prompts, lets the text encoders go, loads UNet and VAE, and chooses the decoder.
+    """Encodes all prompts, lets the text encoders go, and loads UNet and VAE, which decodes until a rung is chosen.
 
     `resolution` is the canvas in pixels; None takes the checkpoint's own. `dtype` is the networks'; None takes
-    what is fastest here. `patience` is the seconds that choosing a decoder may take. `project_prompts` takes memory
-    for speed (`pipeline.project_prompts`). Raises UsageError or CheckpointError.
+    what is fastest here. `project_prompts` takes memory for speed (`pipeline.project_prompts`). Raises UsageError or
+    CheckpointError.
     """
     resolution = resolution or checkpoint.resolution_for(task.size)
     if resolution % checkpoint.resolution_step:
@@ -125,34 +113,7 @@ def load_generator(
     encoded = "encoded and projected" if project_prompts else "encoded"
     log.say(f"{len(prompts)} prompts {encoded}; {resolution} px, UNet in {_name(dtype)}, VAE in {_name(vae.dtype)}")
     prompt_of = torch.tensor([[place[prompt] for prompt in row] for row in phrasings])
-    generator = Generator(task, seed, resolution, sampler, conditioning, prompt_of, vae, full_decoder(vae, task.size))
-    if decoder != "vae":
-        with log.phase("choose decoder"):
-            choose_generator_decoder(generator, decoder, patience, log)
-    return generator
-
-
-def choose_generator_decoder(generator: Generator, wanted: Rung | Literal["auto"], patience: float, log: Log) -> None:
-    """Finds the generator's decoder on images spread over the first round: always the same ones, since what is fitted
-    to them decides pixels. Where `auto` would take more than `patience` seconds, the VAE stays."""
-    size, classes = generator.task.size, len(generator.task.classes)
-    stride = max(1, classes // CALIBRATION)
-    latents = []
-    for number in range(0, stride * CALIBRATION, stride):
-        began = time.perf_counter()
-        latents.append(generator.latents(np.array([number]), log))
-        if wanted == "auto" and len(latents) <= 2:
-            decode(generator.decoder, latents[-1])
-            takes = CALIBRATION * (time.perf_counter() - began)
-            if len(latents) == 2 and takes > patience:  # not the first: it is slow
-                log.warn(f"no time to look for a faster decoder than the VAE: it would take about {takes:.0f} s")
-                return
-    generator.decoder = choose_decoder(generator.vae, torch.cat(latents), size, wanted)
-    if not generator.decoder.fidelity:
-        log.warn("no decoder could be measured, since the VAE's own images are broken: the VAE stays")
-        return
-    measured = ", ".join(f"{rung} {decibels:.1f} dB" for rung, decibels in generator.decoder.fidelity.items())
-    log.say(f"decoder: {generator.decoder.rung} (fidelity to the full decode: {measured})")
+    return Generator(task, seed, resolution, sampler, conditioning, prompt_of, vae, full_decoder(vae, task.size))
 
 
 def _name(dtype: torch.dtype) -> str:

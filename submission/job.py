@@ -18,6 +18,7 @@ import torch
 from submission import checkpoint as checkpoints
 from submission.batch_size import BatchSize
 from submission.budget import Budget, Scheduler, Shape
+from submission.calibration import choose_decoder
 from submission.checkpoint import Checkpoint
 from submission.crew import Crew
 from submission.crowding import Crowding
@@ -38,7 +39,7 @@ from submission.guard import Duties, Guard
 from submission.manifest import Digests, job_of
 from submission.needs import room_for_projections, shape_that_fits
 from submission.output_folder import claimed, release, remove_unfinished
-from submission.pipeline import choose_dtype
+from submission.pipeline import choose_dtype, load_tiny
 from submission.progress import Log, Status
 from submission.ranks import Place
 from submission.rounds import Spool, prepare_spool, remove_if_empty, share_of_rounds
@@ -50,8 +51,6 @@ PROJECT = Path(__file__).resolve().parents[1]
 # Until a file has been written, its cost is taken to be this: seconds a file, and seconds a colour value of a generated
 # image and of a copy. About what was measured on two CPU cores.
 GUESSED_FIXED, GUESSED_VALUE, GUESSED_COPY = 0.1, 1e-8, 2e-8
-# The part of what is left of the budget that looking for a cheaper decoder may take.
-DECODER_SHARE = 0.2
 # A change of the planned rounds by this share is worth a line in the log, and so much of the budget lies between two.
 PLAN_CHANGE, PLAN_SPACING = 0.1, 0.02
 # So much of the budget lies between two points of the progress that the manifest tells of, which bounds its length.
@@ -99,10 +98,13 @@ def run(config: JobConfig, place: Place, budget: Budget, log: Log, guard: Guard)
                 seed=config.seed,
                 resolution=config.resolution,
                 dtype=dtype,
-                decoder=config.decoder,
-                patience=DECODER_SHARE * budget.left,
                 project_prompts=project_prompts,
             )
+            with log.phase("choose decoder"):
+                tiny = load_tiny(checkpoint, device, generator.vae.dtype)
+                generator.decoder = choose_decoder(
+                    generator, config.decoder, tiny, left=budget.left, cap=shape.cap, log=log
+                )
         scheduler = start_scheduler(config, shape, budget, spool)
         crew.follow(scheduler)
         numbers = share_of_rounds(scheduler.shape.cap, spool.before, place)

@@ -26,6 +26,10 @@ BF16_GAIN = 1.3
 NOISE_STREAM = 0
 # Prompts encoded at a time, few for the sake of memory.
 PROMPTS_A_BATCH = 16
+# The folder of a tiny autoencoder, by the name under which the hub has it for SDXL.
+TINY = "taesdxl"
+# What torch compiles of a UNet, and in how many shapes at most.
+COMPILED_BLOCKS, SHAPES = ("BasicTransformerBlock", "ResnetBlock2D"), 64
 
 
 @dataclass(frozen=True)
@@ -172,6 +176,43 @@ def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
     return _laid_out(_load_model(AutoencoderKL, checkpoint, "vae", dtype), device)
 
 
+def load_tiny(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any | None:
+    """The AutoencoderTiny in a folder `taesdxl` in the checkpoint's folder or beside it, ready to decode; None where
+    there is none. Raises CheckpointError."""
+    folders = [parent / TINY for parent in (checkpoint.path, checkpoint.path.parent)]
+    folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+    if folder is None:
+        return None
+    from diffusers import AutoencoderTiny  # noqa: PLC0415  # slow to import
+
+    return _laid_out(_load_folder(AutoencoderTiny, folder, None, torch_dtype=dtype), device)
+
+
+def compile_blocks(unet: Any) -> None:
+    """Has torch compile the blocks that a UNet repeats, each when it is first called with another shape.
+
+    In this order, on an H200 at 512 px: 249 images/s as it is, 268 with residual blocks compiled, 299 with transformer
+    blocks as well. Channels-last weights made it slower (219), fused projections of self-attention faster by 1%.
+    """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, SHAPES)
+    for module in unet.modules():
+        if type(module).__name__ in COMPILED_BLOCKS:
+            module.forward = torch.compile(module.forward, dynamic=False)
+
+
+def compile_vae(vae: Any) -> None:
+    """Has torch compile the whole decoder, channels-last: 174 images/s at 512 px on an H200, where it made 77 as it is
+    and 147 with its residual blocks compiled."""
+    vae.decoder.to(memory_format=torch.channels_last)
+    vae.decoder.forward = torch.compile(vae.decoder.forward, dynamic=False)
+
+
+def undo_compilation(network: Any) -> None:
+    """Has a network's modules computed as they are again."""
+    for module in network.modules():
+        vars(module).pop("forward", None)
+
+
 def draw_noise(seed: int, classes: Sequence[int], rounds: Sequence[int], side: int) -> Tensor:
     """Standard normal noise [N, 4, side, side], float32: image by image a function of (seed, class, round) alone."""
     draws = [
@@ -214,18 +255,22 @@ def _load_part(kind: Any, path: Path, part: str) -> Any:
 
 
 def _load_model(kind: Any, checkpoint: Checkpoint, component: str, dtype: torch.dtype) -> Any:
-    """Loads one component, and refuses one whose weights do not match its configuration: the libraries would fill the
-    gaps with random numbers."""
-    folder = checkpoint.path / component
+    """Loads one component of a checkpoint. Raises CheckpointError."""
     name = "dtype" if component.startswith("text_encoder") else "torch_dtype"
+    return _load_folder(kind, checkpoint.path / component, checkpoint.variants[component], **{name: dtype})
+
+
+def _load_folder(kind: Any, folder: Path, variant: str | None, **dtype: torch.dtype) -> Any:
+    """Loads a model, and refuses one whose weights do not match its configuration: the libraries would fill the gaps
+    with random numbers."""
     try:
         model, report = kind.from_pretrained(
             folder,
-            variant=checkpoint.variants[component],
+            variant=variant,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
-            **{name: dtype},
+            **dtype,
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded ({_first_line(error)})") from error

@@ -104,7 +104,7 @@ USAGE = [
     Row("tiny.toml --model checkpoint --prompts diverse", 2, "add a [phrasings] table such as"),
     Row("tiny.toml --model checkpoint --resolution 18", 2, "this checkpoint needs a multiple of 4"),
     Row("tiny.toml --model checkpoint --resolution 4194304", 2, "no memory for the model and its first images"),
-    Row("tiny.toml --model checkpoint --decoder pooled", 2, "--decoder pooled: latents of 8 px are not finer"),
+    Row("tiny.toml --model checkpoint --decoder tiny", 2, "the checkpoint's folder has no AutoencoderTiny"),
 ]
 JOB = [
     Row("tiny.toml --model checkpoint --started-at 1000", 3, "is over before the model is loaded: give a longer one"),

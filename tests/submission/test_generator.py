@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -77,21 +76,3 @@ def test_any_range_of_images_is_a_part_of_the_whole(generator: Generator, log: L
     for start, stop in [(0, 1), (2, 5), (5, 12)]:
         part = generator.images(np.arange(start, stop), log)
         assert (part.int() - whole[start:stop].int()).abs().max() <= 1
-
-
-def test_a_decoder_that_cannot_be_measured_is_said(
-    checkpoint_folder: Path, task_file: Path, log: Log, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def broken(*arguments: Any) -> Any:
-        vae = load_vae(*arguments)
-        vae.decoder.conv_out.weight.data.fill_(torch.nan)
-        return vae
-
-    load_vae = pipeline.load_vae
-    monkeypatch.setattr(pipeline, "load_vae", broken)
-    task, checkpoint = load_task(str(task_file)), inspect(checkpoint_folder, "test")
-    made = load_generator(
-        task, checkpoint, torch.device("cpu"), log, style="described", seed=0, resolution=None, decoder="linear"
-    )
-    assert made.decoder.rung == "vae"
-    assert "the VAE stays" in log.warnings[0]

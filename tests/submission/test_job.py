@@ -151,13 +151,13 @@ def test_another_resolution_is_resized_and_enlarging_is_a_warning(run: Run, tmp_
 
 def test_decoders_are_asked_for_and_held_to_their_fidelity(run: Run, tmp_path: Path) -> None:
     images, told = {}, {}
-    for rung in ("vae", "linear", "pooled"):
+    for rung in ("vae", "linear", "distilled"):
         # Latents as fine as the pixels.
         images[rung] = run("--max-ipc", "2", "--resolution", "32", "--decoder", rung, output=rung)
         told[rung] = json.loads((tmp_path / rung / "tiny.json").read_text())["decoder"]
         assert told[rung]["name"] == rung
         assert set(told[rung]["fidelity_db"]) == {rung} - {"vae"}
-    for rung in ("linear", "pooled"):
+    for rung in ("linear", "distilled"):
         error = (images[rung] - images["vae"]).square().mean((2, 3, 4))
         # Measured on other images, and on pixels that are not yet rounded.
         assert (-10 * error.log10()).mean() == pytest.approx(told[rung]["fidelity_db"][rung], abs=4)

@@ -27,11 +27,12 @@ from submission import pipeline
 from submission.augment import augment
 from submission.batch_size import BatchSize
 from submission.budget import start_budget
+from submission.calibration import choose_decoder
 from submission.checkpoint import choose
 from submission.cli import batch_size, number_from
 from submission.decoder import full_decoder
 from submission.device import choose_device
-from submission.generator import Generator, choose_generator_decoder, load_generator
+from submission.generator import Generator, load_generator
 from submission.progress import Log
 from submission.tasks import load_task
 from submission.working_memory import forget_peak, peak_memory
@@ -69,10 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--decoder",
-        choices=("auto", "linear", "pooled"),
+        choices=("auto", "linear", "distilled", "tiny", "vae"),
         default="auto",
-        help="as for the job; at 512 px no cheap one comes near enough for auto to the noise of random weights "
-        "(default: auto)",
+        help="as for the job (default: auto)",
     )
     parser.add_argument("--turns", type=number_from(1), default=5, metavar="N", help="turns a side (default: 5)")
     parser.add_argument(
@@ -96,11 +96,13 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         style="described",
         seed=0,
         resolution=options.resolution,
-        decoder="vae",
         project_prompts=False,
     )
     cheap = replace(generator)
-    choose_generator_decoder(cheap, options.decoder, SETTLE_SECONDS, log)
+    tiny = pipeline.load_tiny(checkpoint, device, generator.vae.dtype)
+    cheap.decoder = choose_decoder(
+        cheap, options.decoder, tiny, left=SETTLE_SECONDS, cap=generator.task.max_ipc, log=log
+    )
     final = projected(cheap)
     batch = options.batch_size or settle(final, log)
     sides = list(all_sides(checkpoint.path, generator, cheap, final, batch, log))

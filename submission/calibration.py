@@ -1,0 +1,134 @@
+"""Which decoder: the rungs of the ladder, fitted to and measured on some of the job's own images.
+
+More images make a better training set, up to the cap, and less faithful ones a worse one. So what a rung is worth is
+counted in doublings of the images per class: those that it comes to by the deadline, less the price of its error.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from submission.batch_size import pays_back
+from submission.decoder import (
+    STEPS,
+    Decoder,
+    Rung,
+    canvases,
+    fit_student,
+    is_sound,
+    psnr,
+    student_decoder,
+    tiny_decoder,
+)
+from submission.errors import UsageError
+from submission.generator import Generator
+from submission.progress import Log
+
+# Images to fit to, and others to measure on: the most whose making takes no more than this share of the time left, or
+# else the fewest.
+SAMPLES = ((64, 16), (8, 4))
+SAMPLING_SHARE = 0.03
+# Images made at a time on a GPU, which a single one would leave idle.
+GPU_SAMPLES = 8
+# What an error with a root mean square of 1, where pixels reach from 0 to 1, would cost in doublings.
+ERROR_PRICE = 20.0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Latents [n, 4, h, w] and the VAE's pixels for them [n, 3, size, size], float32; seconds per image for both."""
+
+    latents: Tensor
+    pixels: Tensor
+    sampling: float
+    decoding: float
+
+
+def worth(rounds: float, cap: int, decibels: float) -> float:
+    """What a rung is worth, in doublings of the images per class, where it comes to so many rounds of at most `cap` and
+    keeps so many dB of peak signal-to-noise ratio."""
+    return math.log2(min(cap, rounds)) - ERROR_PRICE * 10 ** (-decibels / 20)
+
+
+def choose_decoder(
+    generator: Generator, wanted: Rung | Literal["auto"], tiny: Any | None, *, left: float, cap: int, log: Log
+) -> Decoder:
+    """The rung that is wanted or, with `auto`, the one that is worth most in `left` seconds for at most `cap` rounds.
+
+    `tiny` is the AutoencoderTiny that lies beside the checkpoint, if one does. The generator decodes by its VAE as yet.
+    The same latents give the same network; how many there are, and which rung is worth most, depends on the time.
+    Raises UsageError where the wanted rung cannot be had.
+    """
+    full, classes = generator.decoder, len(generator.task.classes)
+    if wanted == "vae":
+        return full
+    if wanted == "tiny" and tiny is None:
+        raise UsageError("--decoder tiny: the checkpoint's folder has no AutoencoderTiny in taesdxl/")
+    if wanted == "auto" and generator.sampler.side < full.size:
+        log.say("decoder: vae (the latents are coarser than the pixels, so that nothing cheaper comes near)")
+        return full
+    drawing = _draw(generator, log)
+    samples = [next(drawing), next(drawing)]
+    sampling, decoding = samples[1].sampling, samples[1].decoding  # the first of everything is slow
+    each = sampling + decoding
+    if wanted == "auto" and left >= each * classes * cap:
+        log.say(f"decoder: vae (there is time for all {cap} images per class by it)")
+        return full
+    fitted, held_out = next((n for n in SAMPLES if sum(n) * each <= SAMPLING_SHARE * left), SAMPLES[-1])
+    takes = (fitted + held_out) * each
+    if wanted == "auto" and not pays_back(takes, each / sampling, left):
+        log.warn(f"no time to look for a faster decoder than the VAE: it would take about {takes:.0f} s")
+        return full
+    while sum(len(sample.latents) for sample in samples) < fitted + held_out:
+        samples.append(next(drawing))
+    latents = torch.cat([sample.latents for sample in samples])
+    pixels = torch.cat([sample.pixels for sample in samples])
+    if not is_sound(pixels).all():
+        log.warn("no decoder could be measured, since the VAE's own images are broken: the VAE stays")
+        return full
+    fidelity: dict[Rung, float] = {}
+    best, most = full, worth(left / (each * classes), cap, math.inf)
+    for rung in _rungs(wanted, tiny, latents[:fitted], pixels[:fitted]):
+        canvases(rung, latents[fitted:])
+        began = time.perf_counter()
+        fidelity[rung.rung] = psnr(canvases(rung, latents[fitted:]), pixels[fitted:])
+        pace = sampling + (time.perf_counter() - began) / len(latents[fitted:])
+        value = worth(left / (pace * classes), cap, fidelity[rung.rung])
+        if rung.rung == wanted or value > most:
+            best, most = rung, value
+    told = ", ".join(f"{name} {decibels:.1f} dB" for name, decibels in fidelity.items())
+    log.say(f"decoder: {best.rung} (fidelity to the VAE, fitted to {fitted} images: {told})")
+    return replace(best, fidelity=fidelity)
+
+
+def _draw(generator: Generator, log: Log) -> Iterator[Sample]:
+    """Images of classes far apart, without end."""
+    stride = max(1, len(generator.task.classes) // sum(SAMPLES[0]))
+    group = GPU_SAMPLES if generator.sampler.device.type == "cuda" else 1
+    first = 0
+    while True:
+        began = time.perf_counter()
+        latents = generator.latents(
+            stride * np.arange(first, first + group), log
+        ).clone()  # no more for inference alone
+        between = time.perf_counter()
+        pixels = canvases(generator.decoder, latents)
+        ended = time.perf_counter()
+        yield Sample(latents, pixels, (between - began) / group, (ended - between) / group)
+        first += group
+
+
+def _rungs(wanted: Rung | Literal["auto"], tiny: Any | None, latents: Tensor, pixels: Tensor) -> Iterator[Decoder]:
+    """The rungs to measure, cheapest first, those that are fitted being fitted to these images."""
+    if wanted in ("auto", "linear"):
+        yield student_decoder("linear", fit_student(latents, pixels, 0))
+    if wanted in ("auto", "distilled"):
+        yield student_decoder("distilled", fit_student(latents, pixels, STEPS))
+    if tiny is not None and wanted in ("auto", "tiny"):
+        yield tiny_decoder(tiny, pixels.shape[-1])
