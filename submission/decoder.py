@@ -28,8 +28,8 @@ STEPS, STEP_LATENTS, RATE = 300, 8, 3e-3
 
 # Bytes that the VAE's activations take at most for each pixel of the canvas, in half precision.
 PIXEL_BYTES = 3000
-# Canvas pixels decoded at a time on a CPU; on a GPU, those that fit into a quarter of its free memory, up to 16 canvases
-# of 512 px: with eight in place of one, the VAE made 71 images/s on an H200 and not 41.
+# Canvas pixels decoded at a time on a CPU; on a GPU, what fits into a quarter of its free memory, up to 16 canvases of
+# 512 px: with eight in place of one, the VAE made 71 images/s on an H200 and not 41.
 PIXELS_A_PASS, MOST_PIXELS_A_PASS, MEMORY_SHARE = 1 << 18, 1 << 22, 0.25
 # Pixels of images made of them at a time: the network's activations take a few kilobytes a pixel.
 IMAGE_PIXELS_A_PASS = 1 << 18

@@ -68,28 +68,51 @@ def flip(images: torch.Tensor) -> torch.Tensor:
 
 def scale(images: torch.Tensor) -> torch.Tensor:
     """A stretch about the centre by its own factor along either axis, bilinear, zeros outside."""
-    smallest = 1.0 / SCALE
-    factor_x = torch.rand(len(images)) * (SCALE - smallest) + smallest
-    factor_y = torch.rand(len(images)) * (SCALE - smallest) + smallest
-    zero = torch.zeros_like(factor_x)
-    return _resample(images, torch.stack((factor_x, zero, zero, factor_y)))
+    return resample(images, _stretches(len(images)))
 
 
 def rotate(images: torch.Tensor) -> torch.Tensor:
     """A rotation about the centre, bilinear, zeros outside."""
-    angle = (torch.rand(len(images)) - 0.5) * 2 * ROTATE_DEGREES / 180 * math.pi
-    return _resample(images, torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos())))
+    return resample(images, _turns(len(images)))
 
 
-Operation = Callable[[torch.Tensor], torch.Tensor]
+Operation = Callable[..., torch.Tensor]
 # The order is part of the protocol: the operation is drawn by its place, as in "color_crop_cutout_flip_scale_rotate".
 OPERATIONS: tuple[Operation, ...] = (color, crop, cutout, flip, scale, rotate)
 
 
+def draw(count: int) -> tuple[Operation, tuple[torch.Tensor, ...]]:
+    """An operation, drawn with equal odds for a whole batch of `count` images, and what it takes beside them.
+
+    All that comes from the CPU's generator is drawn here, so that the rest can be recorded on a GPU.
+    """
+    operation = OPERATIONS[int(torch.randint(0, len(OPERATIONS), size=(1,)).item())]
+    if operation is scale:
+        return resample, (_stretches(count),)
+    if operation is rotate:
+        return resample, (_turns(count),)
+    return operation, ()
+
+
 def augment(images: torch.Tensor) -> torch.Tensor:
     """The images after one operation, drawn with equal odds for the whole batch."""
-    operation = OPERATIONS[int(torch.randint(0, len(OPERATIONS), size=(1,)).item())]
-    return operation(images)
+    operation, others = draw(len(images))
+    return operation(images, *others)
+
+
+def _stretches(count: int) -> torch.Tensor:
+    """Maps of `scale`, [4, count]."""
+    smallest = 1.0 / SCALE
+    factor_x = torch.rand(count) * (SCALE - smallest) + smallest
+    factor_y = torch.rand(count) * (SCALE - smallest) + smallest
+    zero = torch.zeros_like(factor_x)
+    return torch.stack((factor_x, zero, zero, factor_y))
+
+
+def _turns(count: int) -> torch.Tensor:
+    """Maps of `rotate`, [4, count]."""
+    angle = (torch.rand(count) - 0.5) * 2 * ROTATE_DEGREES / 180 * math.pi
+    return torch.stack((angle.cos(), -angle.sin(), angle.sin(), angle.cos()))
 
 
 def _pixels(length: int, ratio: float) -> int:
@@ -107,7 +130,7 @@ def _integers(images: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
     return torch.randint(lowest, highest + 1, size=(len(images), 1, 1, 1), device=images.device)
 
 
-def _resample(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+def resample(images: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     """Images sampled on linear maps of their pixel grid, from output to input; maps is [4, N], an image's 2 x 2 matrix
     row by row.
 

@@ -236,7 +236,7 @@ def score_task(
         net = new_net(job, device)
         progress = Progress(f"{job.task.name} run {run + 1}/{runs}", steps, schedule.images_a_step(len(train_labels)))
         forward = choose_forward(net, job, schedule, arithmetic)
-        train(net, train_images, train_labels, schedule, progress.step, forward)
+        train(net, train_images, train_labels, schedule, progress.step, forward, record=arithmetic is not None)
         tested = assess(net, job.test.images, job.test.labels, schedule.batch_size)
         done.append(Run(tested.measure.accuracy, tested.predictions, progress.measures))
         print(

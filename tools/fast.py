@@ -55,7 +55,7 @@ def make_forward(net: ConvNet, batch_size: int, arithmetic: Arithmetic) -> Calla
     run = torch.compile(ConvNet.forward, dynamic=False) if arithmetic.compiled else ConvNet.forward
 
     def forward(images: torch.Tensor) -> torch.Tensor:
-        filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, batch_size - len(images)))
+        filled = F.pad(images, (0, 0, 0, 0, 0, 0, 0, batch_size - len(images))) if len(images) < batch_size else images
         with torch.autocast(device_type, torch.bfloat16, enabled=arithmetic.bf16):
             return run(net, filled)[: len(images)].float()
 

@@ -6,8 +6,10 @@ Every random number comes from torch's global generators in the reference's orde
 """
 
 import ctypes
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -15,13 +17,15 @@ from torch.utils.data import DataLoader
 
 from tools import dsa
 from tools.convnet import ConvNet
+from tools.recorded import recorded
 
 BATCH_SIZE = 256
 LEARNING_RATE = 0.01
 RESTART_FACTOR = 0.1
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
-
+# On a GPU, steps whose measures are read together: it would stand still for each.
+STEPS_UNREAD = 100
 
 # Parameters of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD = -1
@@ -93,6 +97,8 @@ def train(
     schedule: Schedule,
     on_step: Callable[[int, Measure], None] = lambda step, measure: None,
     forward: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    *,
+    record: bool = False,
 ) -> list[Measure]:
     """Train the network in place; the measure of each epoch, taken in passing on augmented images.
 
@@ -104,28 +110,82 @@ def train(
         on_step: told the number of steps done and the measure of the batch, after each step.
         forward: called for the logits in the net's place, on at most `schedule.batch_size` images; its gradients
             have to arrive in the net's parameters. The random numbers drawn are the same.
+        record: on a GPU, launch each step of full size as a recording, one for every operation of the augmentation.
     """
     steps, restart = schedule.steps(len(images)), schedule.restart(len(images))
     device = next(net.parameters()).device
-    optimiser = _sgd(net, LEARNING_RATE)
+    full_size = schedule.batch_size if record else math.inf
+    window = STEPS_UNREAD if device.type == "cuda" else 1
+    step = _Stepper(forward or net, _sgd(net, LEARNING_RATE), device)
     order = _random_order(len(images), schedule.batch_size)
     net.train()
     epochs = []
     done = 0
     while done < steps:
-        batches = []
+        batches: list[tuple[int, Measure]] = []
+        unread: list[tuple[int, torch.Tensor]] = []
         for indices in order:
             inputs, targets = images[indices].to(device, torch.float32), labels[indices].to(device)
-            measure = _step(forward or net, optimiser, dsa.augment(inputs), targets)
+            operation, others = dsa.draw(len(indices))
+            found = step(operation, inputs, targets, *others, record=len(indices) == full_size)
+            unread.append((len(indices), found))
             done += 1
             if done == restart:
-                optimiser = _sgd(net, LEARNING_RATE * RESTART_FACTOR)
-            batches.append((len(indices), measure))
-            on_step(done, measure)
+                step = _Stepper(forward or net, _sgd(net, LEARNING_RATE * RESTART_FACTOR), device)
+            if len(unread) >= window or done == steps:
+                _read(unread, batches, done, on_step)
             if done == steps:
                 break
+        _read(unread, batches, done, on_step)
         epochs.append(_mean(batches))
     return epochs
+
+
+class _Stepper:
+    """Steps of SGD on the mean cross entropy of a batch, each of which returns [loss, accuracy], float32 [2]."""
+
+    def __init__(
+        self, forward: Callable[[torch.Tensor], torch.Tensor], optimiser: torch.optim.SGD, device: torch.device
+    ) -> None:
+        self._forward, self._optimiser, self._device = forward, optimiser, device
+        self._recorded: dict[dsa.Operation, Callable[..., torch.Tensor]] = {}
+
+    def __call__(
+        self, operation: dsa.Operation, images: torch.Tensor, labels: torch.Tensor, *others: torch.Tensor, record: bool
+    ) -> torch.Tensor:
+        step: Callable[..., torch.Tensor] = partial(self._step, operation)
+        if record:
+            step = self._recorded.setdefault(operation, recorded(step, self._device))
+        return step(images, labels, *(other.to(self._device) for other in others)).clone()
+
+    def _step(
+        self, operation: dsa.Operation, images: torch.Tensor, labels: torch.Tensor, *others: torch.Tensor
+    ) -> torch.Tensor:
+        self._optimiser.zero_grad()
+        logits = self._forward(operation(images, *others))
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._optimiser.step()
+        return torch.stack([loss.detach(), (logits.argmax(dim=1) == labels).float().mean()])
+
+
+def _read(
+    unread: list[tuple[int, torch.Tensor]],
+    batches: list[tuple[int, Measure]],
+    done: int,
+    on_step: Callable[[int, Measure], None],
+) -> None:
+    """Waits for the measures of steps that were launched, the last of them step `done`, and hands them on."""
+    if not unread:
+        return
+    first = done - len(unread) + 1
+    for number, ((count, _), values) in enumerate(
+        zip(unread, torch.stack([found for _, found in unread]).tolist(), strict=True), first
+    ):
+        measure = Measure(*values)
+        batches.append((count, measure))
+        on_step(number, measure)
+    unread.clear()
 
 
 @torch.no_grad()
@@ -153,21 +213,6 @@ def _random_order(images: int, batch_size: int) -> DataLoader[torch.Tensor]:
     numbers from the global generator at the start of an epoch.
     """
     return DataLoader(range(images), batch_size, shuffle=True, collate_fn=torch.tensor)  # type: ignore[arg-type]
-
-
-def _step(
-    forward: Callable[[torch.Tensor], torch.Tensor],
-    optimiser: torch.optim.SGD,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-) -> Measure:
-    """One step of SGD on the mean cross entropy of a batch."""
-    optimiser.zero_grad()
-    logits = forward(images)
-    loss = F.cross_entropy(logits, labels)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimiser.step()
-    return Measure(loss.item(), _accuracy(logits, labels))
 
 
 def _sgd(net: ConvNet, learning_rate: float) -> torch.optim.SGD:

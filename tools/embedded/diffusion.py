@@ -11,7 +11,7 @@ from tools.embedded.arithmetic import computing
 from tools.embedded.layout import Conditioning, Networks, encode, predict_v
 from tools.embedded.progress import Progress, optimisers_of, record, steps, update
 from tools.embedded.prompts import Prompts
-from tools.embedded.recorded import recorded
+from tools.recorded import recorded
 
 BATCH = 1024
 RATE = 3e-3

@@ -17,7 +17,7 @@ from tools.embedded.diffusion import Teacher, denoise, denoise_guided, solver_of
 from tools.embedded.layout import LATENT_SHAPE, Conditioning, Networks, one_step_latents
 from tools.embedded.progress import Progress, optimisers_of, record, steps, update
 from tools.embedded.prompts import Prompts
-from tools.embedded.recorded import recorded
+from tools.recorded import recorded
 
 PAIRS = 120_000  # of noise and sample
 SOLVED_AT_ONCE = 2000

@@ -10,7 +10,7 @@ from tools.embedded.critic import Critic, difference
 from tools.embedded.images import RealImages, to_unit
 from tools.embedded.layout import LATENT_SCALE, LATENT_SHAPE, Networks
 from tools.embedded.progress import Progress, adam, record, steps, update
-from tools.embedded.recorded import recorded
+from tools.recorded import recorded
 
 BATCH = 128
 RATE = 2e-3

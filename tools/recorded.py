@@ -1,4 +1,4 @@
-"""A step of the training as a CUDA graph: launched as one, where Python would launch a thousand kernels one by one."""
+"""A step of a training as a CUDA graph: launched as one, where Python would launch a thousand kernels one by one."""
 
 from collections.abc import Callable
 from typing import Any

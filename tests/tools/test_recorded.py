@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from tools.embedded.progress import optimisers_of, update
-from tools.embedded.recorded import recorded
+from tools.recorded import recorded
 
 
 def losses_of_training(device: torch.device, *, record: bool) -> list[float]:
