@@ -36,8 +36,11 @@ SAMPLES = ((64, 16), (8, 4))
 SAMPLING_SHARE = 0.03
 # Images made at a time on a GPU, which a single one would leave idle.
 GPU_SAMPLES = 8
-# What an error with a root mean square of 1, where pixels reach from 0 to 1, would cost in doublings.
-ERROR_PRICE = 20.0
+# What a mean square error of 1, where pixels reach from 0 to 1, would cost in doublings of the images per class. On real
+# images of CIFAR-100, 50 per class, put through the embedded VAE at 128 px, a network came to 0.267 after 600 steps by
+# the VAE's pixels, the same by a student's at 41.0 and 37.5 dB, 0.2666 at 32.9 dB, and 0.245 by the VAE on pooled latents
+# at 26.7 dB (one run each): 8% less for an error of 0.0021, where a doubling from 50 to 200 images per class brought 3%.
+ERROR_PRICE = 1250.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Sample:
 def worth(rounds: float, cap: int, decibels: float) -> float:
     """What a rung is worth, in doublings of the images per class, where it comes to so many rounds of at most `cap` and
     keeps so many dB of peak signal-to-noise ratio."""
-    return math.log2(min(cap, rounds)) - ERROR_PRICE * 10 ** (-decibels / 20)
+    return math.log2(min(cap, rounds)) - ERROR_PRICE * 10 ** (-decibels / 10)
 
 
 def choose_decoder(
@@ -73,7 +76,7 @@ def choose_decoder(
     if wanted == "auto" and generator.sampler.side < full.size:
         log.say("decoder: vae (the latents are coarser than the pixels, so that nothing cheaper comes near)")
         return full
-    drawing = _draw(generator, log)
+    drawing = draw(generator, log)
     samples = [next(drawing), next(drawing)]
     sampling, decoding = samples[1].sampling, samples[1].decoding  # the first of everything is slow
     each = sampling + decoding
@@ -94,7 +97,7 @@ def choose_decoder(
         return full
     fidelity: dict[Rung, float] = {}
     best, most = full, worth(left / (each * classes), cap, math.inf)
-    for rung in _rungs(wanted, tiny, latents[:fitted], pixels[:fitted]):
+    for rung in rungs(wanted, tiny, latents[:fitted], pixels[:fitted]):
         canvases(rung, latents[fitted:])
         began = time.perf_counter()
         fidelity[rung.rung] = psnr(canvases(rung, latents[fitted:]), pixels[fitted:])
@@ -107,7 +110,7 @@ def choose_decoder(
     return replace(best, fidelity=fidelity)
 
 
-def _draw(generator: Generator, log: Log) -> Iterator[Sample]:
+def draw(generator: Generator, log: Log) -> Iterator[Sample]:
     """Images of classes far apart, without end."""
     stride = max(1, len(generator.task.classes) // sum(SAMPLES[0]))
     group = GPU_SAMPLES if generator.sampler.device.type == "cuda" else 1
@@ -124,7 +127,7 @@ def _draw(generator: Generator, log: Log) -> Iterator[Sample]:
         first += group
 
 
-def _rungs(wanted: Rung | Literal["auto"], tiny: Any | None, latents: Tensor, pixels: Tensor) -> Iterator[Decoder]:
+def rungs(wanted: Rung | Literal["auto"], tiny: Any | None, latents: Tensor, pixels: Tensor) -> Iterator[Decoder]:
     """The rungs to measure, cheapest first, those that are fitted being fitted to these images."""
     if wanted in ("auto", "linear"):
         yield student_decoder("linear", fit_student(latents, pixels, 0))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from submission import pipeline
-from submission.checkpoint import Checkpoint
+from submission.checkpoint import Checkpoint, read_ahead
 from submission.decoder import Decoder, choose_vae_dtype, decode, full_decoder
 from submission.errors import CheckpointError, UsageError
 from submission.progress import Log
@@ -99,6 +99,11 @@ def load_generator(
     phrasings = task.prompts(style)
     prompts = list(dict.fromkeys(chain.from_iterable(phrasings)))
     place = {prompt: index for index, prompt in enumerate(prompts)}
+    read_ahead(checkpoint)
+    with log.phase("import libraries"):
+        # In this order they load each other's parts once: half a second less than with transformers first.
+        import diffusers.models  # noqa: PLC0415, F401
+        import transformers  # noqa: PLC0415, F401
     with log.phase("encode prompts"):
         if cut := pipeline.too_long(checkpoint, prompts):
             log.warn(f"{len(cut)} of {len(prompts)} prompts are longer than the model reads and are cut: {cut[0]!r}")

@@ -82,7 +82,7 @@ def encode_prompts(
     pooled: list[Tensor] = []
     for suffix, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
         tokenizer = _load_part(CLIPTokenizer, checkpoint.path, f"tokenizer{suffix}")
-        encoder = _load_model(kind, checkpoint, f"text_encoder{suffix}", dtype).to(device)
+        encoder = _load_model(kind, checkpoint, f"text_encoder{suffix}", device, dtype)
         tokens = tokenizer(
             list(prompts),
             padding="max_length",
@@ -115,7 +115,7 @@ def load_sampler(checkpoint: Checkpoint, resolution: int, device: torch.device, 
     """Loads the UNet and works out its single step for canvases of `resolution` pixels. Raises CheckpointError."""
     from diffusers import EulerAncestralDiscreteScheduler, UNet2DConditionModel  # noqa: PLC0415  # slow to import
 
-    unet = _laid_out(_load_model(UNet2DConditionModel, checkpoint, "unet", dtype), device)
+    unet = _laid_out(_load_model(UNet2DConditionModel, checkpoint, "unet", device, dtype))
     scheduler = _load_part(EulerAncestralDiscreteScheduler, checkpoint.path, "scheduler")
     prediction = scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
@@ -123,16 +123,24 @@ def load_sampler(checkpoint: Checkpoint, resolution: int, device: torch.device, 
             f"{checkpoint.path}: prediction_type {prediction!r} is not supported (epsilon, v_prediction)"
         )
     scheduler.set_timesteps(1)
-    return Sampler(
+    sampler = Sampler(
         unet=unet,
-        side=resolution // checkpoint.vae_factor,
+        side=0,
         timestep=scheduler.timesteps[0].to(device),
         sigma=float(scheduler.sigmas[0]),
         prediction=prediction,
-        time_ids=torch.tensor([resolution, resolution, 0, 0, resolution, resolution], device=device, dtype=dtype),
+        time_ids=torch.zeros(6),
         dtype=dtype,
         device=device,
     )
+    return at_resolution(sampler, checkpoint, resolution)
+
+
+def at_resolution(sampler: Sampler, checkpoint: Checkpoint, resolution: int) -> Sampler:
+    """The same UNet and step for canvases of `resolution` pixels."""
+    size = [resolution, resolution, 0, 0, resolution, resolution]
+    time_ids = torch.tensor(size, device=sampler.device, dtype=sampler.dtype)
+    return replace(sampler, side=resolution // checkpoint.vae_factor, time_ids=time_ids)
 
 
 class Projections(torch.nn.Module):
@@ -173,7 +181,7 @@ def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
     """The checkpoint's AutoencoderKL, ready to decode. Raises CheckpointError."""
     from diffusers import AutoencoderKL  # noqa: PLC0415  # slow to import
 
-    return _laid_out(_load_model(AutoencoderKL, checkpoint, "vae", dtype), device)
+    return _laid_out(_load_model(AutoencoderKL, checkpoint, "vae", device, dtype))
 
 
 def load_tiny(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any | None:
@@ -185,7 +193,7 @@ def load_tiny(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
         return None
     from diffusers import AutoencoderTiny  # noqa: PLC0415  # slow to import
 
-    return _laid_out(_load_folder(AutoencoderTiny, folder, None, torch_dtype=dtype), device)
+    return _laid_out(_load_folder(AutoencoderTiny, folder, None, device, torch_dtype=dtype))
 
 
 def compile_blocks(unet: Any) -> None:
@@ -254,15 +262,15 @@ def _load_part(kind: Any, path: Path, part: str) -> Any:
         raise CheckpointError(f"{path / part} cannot be loaded ({_first_line(error)})") from error
 
 
-def _load_model(kind: Any, checkpoint: Checkpoint, component: str, dtype: torch.dtype) -> Any:
+def _load_model(kind: Any, checkpoint: Checkpoint, component: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Loads one component of a checkpoint. Raises CheckpointError."""
     name = "dtype" if component.startswith("text_encoder") else "torch_dtype"
-    return _load_folder(kind, checkpoint.path / component, checkpoint.variants[component], **{name: dtype})
+    return _load_folder(kind, checkpoint.path / component, checkpoint.variants[component], device, **{name: dtype})
 
 
-def _load_folder(kind: Any, folder: Path, variant: str | None, **dtype: torch.dtype) -> Any:
-    """Loads a model, and refuses one whose weights do not match its configuration: the libraries would fill the gaps
-    with random numbers."""
+def _load_folder(kind: Any, folder: Path, variant: str | None, device: torch.device, **dtype: torch.dtype) -> Any:
+    """Loads a model straight to the device, and refuses one whose weights do not match its configuration: the libraries
+    would fill the gaps with random numbers."""
     try:
         model, report = kind.from_pretrained(
             folder,
@@ -270,6 +278,7 @@ def _load_folder(kind: Any, folder: Path, variant: str | None, **dtype: torch.dt
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
+            device_map=str(device),
             **dtype,
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
@@ -280,13 +289,13 @@ def _load_folder(kind: Any, folder: Path, variant: str | None, **dtype: torch.dt
     return model
 
 
-def _laid_out(model: Any, device: torch.device) -> Any:
-    """The model on the device, ready to sample. What is loaded in float32 a CPU convolves channels-last: on two AVX2
+def _laid_out(model: Any) -> Any:
+    """The model, ready to sample. What is loaded in float32 a CPU convolves channels-last: on two AVX2
     cores the job made 208 and 198 images a second so with the embedded model, 162 and 150 without; in bfloat16 its UNet
     was no faster."""
-    if device.type == "cpu" and model.dtype == torch.float32:
+    if model.device.type == "cpu" and model.dtype == torch.float32:
         model.to(memory_format=torch.channels_last)
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _first_line(error: Exception) -> str:

@@ -6,14 +6,18 @@
 noise. `small` is the same wiring, narrow. Components are made and written one at a time.
 """
 
+import itertools
 import json
 import math
+import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import SafetensorError
@@ -97,10 +101,9 @@ def make_checkpoint(folder: Path, size: str, seed: int) -> None:
             (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_text(json.dumps(config, indent=2) + "\n")
         _write_tokenizers(folder, configs[Path("text_encoder/config.json")])
-        generator = torch.Generator().manual_seed(seed)
-        for component, network in networks.items():
+        for number, (component, network) in enumerate(networks.items()):
             file = folder / component / f"{WEIGHTS[component]}.fp16.safetensors"
-            save_file(dict(_random_weights(network, generator)), file, metadata={"format": "pt"})
+            save_file(_random_weights(network, (seed, number)), file, metadata={"format": "pt"})
             print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB", flush=True)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {folder} ({getattr(error, 'strerror', None) or error})") from error
@@ -117,15 +120,21 @@ def on_paper(component: str, config: dict[str, Any]) -> torch.nn.Module:
         return kind(CLIPTextConfig(**config))  # type: ignore[no-any-return]
 
 
-def _random_weights(network: torch.nn.Module, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+def _random_weights(network: torch.nn.Module, seed: tuple[int, int]) -> dict[str, torch.Tensor]:
     """fp16 weights of the scale that torch gives a new layer: norms that do nothing, and products of a gain below one,
-    so that a residual block adds to what it gets and does not drown it."""
-    for name, shape in ((name, tensor.shape) for name, tensor in network.state_dict().items()):
+    so that a residual block adds to what it gets and does not drown it. They are drawn on all cores, each tensor from
+    a generator of its own."""
+
+    def draw(number: int, name: str, shape: torch.Size) -> torch.Tensor:
         if len(shape) < 2:
-            yield name, torch.full(shape, float(name.endswith("weight")), dtype=torch.float16)
-        else:
-            std = EMBEDDING_STD if "embedding.weight" in name else 1 / math.sqrt(3 * math.prod(shape[1:]))
-            yield name, (torch.randn(shape, generator=generator) * std).half()
+            return torch.full(shape, float(name.endswith("weight")), dtype=torch.float16)
+        std = EMBEDDING_STD if "embedding.weight" in name else 1 / math.sqrt(3 * math.prod(shape[1:]))
+        values = np.random.default_rng((*seed, number)).standard_normal(shape, dtype=np.float32)
+        return torch.from_numpy(values * np.float32(std)).half()
+
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(shapes, pool.map(draw, itertools.count(), shapes, shapes.values()), strict=True))
 
 
 def _write_tokenizers(folder: Path, config: dict[str, Any]) -> None:

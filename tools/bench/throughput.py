@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from submission import pipeline
 from submission.augment import augment
@@ -36,11 +35,11 @@ from submission.generator import Generator, load_generator
 from submission.progress import Log
 from submission.tasks import load_task
 from submission.working_memory import forget_peak, peak_memory
+from tools.timing import fastest, gemm_flops, synchronise, unet_flop, unet_step
 
 PROJECT = Path(__file__).resolve().parents[2]
 COPIES = 4  # of an image, as published
 NEGATIVE_PROMPT = "blurry, cropped, watermark, text"  # which a guidance of 0 ignores
-GEMM_SIZE, GEMM_TRIALS = 4096, 5
 SETTLE_SECONDS = 600.0  # the budget that the batch size is chosen for
 
 
@@ -131,7 +130,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         "batch_size": batch,
         "resolution": generator.resolution,
         "threads": torch.get_num_threads(),
-        **use_of_machine(final, batch, log),
+        **use_of_machine(final, batch),
     }
 
 
@@ -259,39 +258,15 @@ def copies_in_batches(classes: int, images: Tensor, numbers: NDArray[np.int64]) 
         augment(images, np.stack([labels, rounds, np.full_like(rounds, number)], axis=1), 0, "paper")
 
 
-def use_of_machine(generator: Generator, batch: int, log: Log) -> dict[str, float]:
-    """FLOP of the UNet an image, its FLOP/s alone, and those of a matrix product in the same dtype."""
-    sampler, side = generator.sampler, generator.sampler.side
-    numbers = np.arange(batch)
-    noise = torch.zeros(batch, 4, side, side)
-    prompts = generator.prompt_of[0, torch.from_numpy(numbers) % len(generator.task.classes)].to(sampler.device)
-    step = partial(pipeline.sample, sampler, generator.conditioning, prompts, noise)
-    with FlopCounterMode(display=False) as counter:
-        step()
-    seconds = fastest(step, sampler.device)
-    matrix = torch.randn(GEMM_SIZE, GEMM_SIZE).to(sampler.device, sampler.dtype)
-    gemm = 2 * GEMM_SIZE**3 / fastest(lambda: torch.mm(matrix, matrix), sampler.device)
-    achieved = counter.get_total_flops() / seconds
+def use_of_machine(generator: Generator, batch: int) -> dict[str, float]:
+    """FLOP of the UNet per image, its FLOP/s alone, and those of a matrix product in the same dtype."""
+    device, flop = generator.sampler.device, unet_flop(generator)
+    seconds = fastest(unet_step(generator, batch), device)
+    gemm = gemm_flops(device, generator.sampler.dtype)
     return {
         "unet_images_per_second": batch / seconds,
-        "unet_flop": counter.get_total_flops() / batch,
-        "unet_flops": achieved,
+        "unet_flop": flop,
+        "unet_flops": flop * batch / seconds,
         "gemm_flops": gemm,
-        "unet_fraction_of_gemm_peak": achieved / gemm,
+        "unet_fraction_of_gemm_peak": flop * batch / seconds / gemm,
     }
-
-
-def fastest(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds, the least of a few."""
-    seconds = []
-    for _ in range(GEMM_TRIALS):
-        began = time.perf_counter()
-        work()
-        synchronise(device)
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
-
-
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
