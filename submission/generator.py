@@ -101,9 +101,8 @@ def load_generator(
     place = {prompt: index for index, prompt in enumerate(prompts)}
     read_ahead(checkpoint)
     with log.phase("import libraries"):
-        # In this order they load each other's parts once: half a second less than with transformers first.
-        import diffusers.models  # noqa: PLC0415, F401
-        import transformers  # noqa: PLC0415, F401
+        from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: PLC0415, F401  # slow to import
+        from transformers import CLIPTextModel  # noqa: PLC0415, F401
     with log.phase("encode prompts"):
         if cut := pipeline.too_long(checkpoint, prompts):
             log.warn(f"{len(cut)} of {len(prompts)} prompts are longer than the model reads and are cut: {cut[0]!r}")
