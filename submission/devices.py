@@ -1,0 +1,132 @@
+"""What the driver knows of its devices: how fast each is, and what it has in hand. Imports no torch."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from submission.batch_size import BatchSize
+from submission.estimates import Pace
+
+# A batch that takes this many times as long as expected, and this many seconds longer, is an outage and no pace.
+STALL_FACTOR, STALL_SECONDS = 5.0, 1.0
+# Seconds that the first batch of a device may take: nothing is known of it yet, and kernels are chosen.
+FIRST_PATIENCE = 30.0
+# A device is taken to hang when its batch is late by so many times the patience with it, and by so many seconds: to
+# start it anew costs about as much.
+HUNG_FACTOR, HUNG_SECONDS = 4.0, 20.0
+
+
+@dataclass(frozen=True)
+class Facts:
+    """How a device makes its images, and what that took of it so far.
+
+    `resolution` in pixels, `fidelity` in decibels by decoder; `regenerated` images came out broken and were made again
+    in float32; `device_memory` (None on a CPU) and `memory` of the process are peaks in bytes.
+    """
+
+    device: str
+    threads: int
+    resolution: int
+    unet_dtype: str
+    vae_dtype: str
+    decoder: str
+    fidelity: Mapping[str, float]
+    regenerated: int
+    device_memory: int | None
+    memory: int
+
+    @property
+    def manner(self) -> tuple[object, ...]:
+        """What decides pixels, and has to be the same on all devices."""
+        return self.resolution, self.unet_dtype, self.vae_dtype, self.decoder
+
+
+@dataclass
+class Batch:
+    """Image numbers int64 [n] that a device has in hand.
+
+    It `began` at that second of the budget, is `expected` to take so many, cautiously, and is late after `patience`.
+    A late one is `handed_on`: its images are another's, too. `disturbed`: a snapshot was being written meanwhile.
+    """
+
+    numbers: NDArray[np.int64]
+    began: float
+    expected: float
+    patience: float
+    disturbed: bool = False
+    handed_on: bool = False
+
+    @property
+    def late_at(self) -> float:
+        return self.began + self.patience
+
+    @property
+    def hung_at(self) -> float:
+        return self.began + max(HUNG_FACTOR * self.patience, self.patience + HUNG_SECONDS)
+
+
+@dataclass
+class Device:
+    """A device, by `name` and the `node` it is on. It is `ready` once its generator is loaded, and `dropped` where it
+    is not started any more; `restarts` says how often it was started anew, `images` how many it has made.
+
+    `fastest` is in seconds an image. `in_hand` are its batches in the order in which it makes them.
+    """
+
+    batch: BatchSize
+    name: str = ""
+    node: str = ""
+    ready: bool = True
+    dropped: bool = False
+    facts: Facts | None = None
+    images: int = 0
+    restarts: int = 0
+    pace: Pace = field(default_factory=Pace)
+    fastest: float = math.inf
+    batches: int = 0
+    stalled: bool = False
+    in_hand: list[Batch] = field(default_factory=list)
+
+    def give(self, numbers: NDArray[np.int64], now: float, *, disturbed: bool = False) -> None:
+        """Puts images into its hands at second `now` of the budget."""
+        expected = self.pace.bound(len(numbers), self.batch.current)
+        patience = max(STALL_FACTOR * expected, expected + STALL_SECONDS) if self.batches else FIRST_PATIENCE
+        self.in_hand.append(Batch(numbers, now, expected, patience, disturbed))
+
+    def took(self, now: float) -> Batch:
+        """Takes the batch that it has come back with; the next one began when this one ended."""
+        batch = self.in_hand.pop(0)
+        if self.in_hand:
+            self.in_hand[0].began = now
+        return batch
+
+    def wait(self, now: float) -> float:
+        """Cautious seconds until it has nothing in hand."""
+        if not self.in_hand:
+            return 0.0
+        first, *others = self.in_hand
+        return max(0.0, first.began + first.expected - now) + sum(batch.expected for batch in others)
+
+    def observe(self, images: int, seconds: float, left: float, *, disturbed: bool = False) -> bool:
+        """Takes a batch that is done: how many images, and how long they took. True where it was an outage.
+
+        One outage says nothing of the pace; two in a row are a new pace. A batch `disturbed` by a snapshot in the
+        making says nothing of its size. `left` is what is left of the budget, in seconds.
+        """
+        self.batches += 1
+        self.fastest = min(self.fastest, seconds / images)
+        expected = images * self.pace.mean
+        outage = self.pace.batches > 0 and seconds > max(STALL_FACTOR * expected, expected + STALL_SECONDS)
+        self.stalled, repeated = outage, self.stalled
+        if outage and not repeated:
+            return True
+        if not self.batch.settled:
+            if not disturbed and images == self.batch.current:
+                self.batch.observe(seconds, left)
+            self.pace = Pace(mean=self.fastest, batches=1)
+        elif images == self.batch.current:  # a smaller one would look slow: every batch has a fixed cost
+            self.pace.observe(images, seconds)
+        return outage

@@ -1,0 +1,356 @@
+"""Several devices through Ray: an actor a device, on this machine or in a cluster.
+
+Ray is imported here alone, and not before it is needed. Its own start takes seconds, on a thread, while the job gets
+ready. No actor is restarted by Ray: whether that pays, the job decides.
+"""
+
+import atexit
+import ctypes
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from numpy.typing import NDArray
+
+from submission.budget import start_budget
+from submission.engine import Event, Failed, Gone, Load, Made, Maker, NoMemoryError, Ready
+from submission.errors import BankoError, UsageError
+from submission.progress import Log
+from submission.working_memory import peak_memory
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# Bytes of shared memory for images on their way, on a machine of our own: a device's share, and the least there is.
+STORE_SHARE, STORE_LEAST = 64 << 20, 128 << 20
+SHARED_MEMORY = Path("/dev/shm")
+# Seconds between two looks at whether a cluster has grown, and of an actor at whether its node is still there.
+CLUSTER_LOOK, PARENT_LOOK = 2.0, 0.5
+# Linux: processes whose parent dies become children of this one, so that they can be found (prctl(2)).
+PR_SET_CHILD_SUBREAPER = 36
+
+
+class Actor:
+    """What runs in a process of its own, on whatever machine, and answers as an engine's events."""
+
+    def __init__(self, load: Load) -> None:
+        self._load = load
+        self._log = Log("kept", start_budget(0))
+        self._maker: Maker | None = None
+        threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
+
+    def load(self, device: int, kind: str, seconds_left: float, manner: tuple[object, ...] | None) -> Ready | Failed:
+        import ray  # noqa: PLC0415
+
+        began = time.perf_counter()
+        try:
+            self._maker = self._load(seconds_left, manner, self._log)
+        except BankoError as error:
+            return Failed(device, type(error)(f"on node {socket.gethostname()}: {error}"))
+        gpus = ray.get_gpu_ids()
+        name = f"cuda:{gpus[0]}" if gpus else f"{kind}:{device}"
+        seconds = time.perf_counter() - began
+        return Ready(device, name, socket.gethostname(), self._maker.facts(), seconds, self._said())
+
+    def make(self, device: int, numbers: NDArray[np.int64], driver: str, *, disturbed: bool) -> Made | Failed:
+        assert self._maker
+        try:
+            images, seconds, grows, crowding = self._maker.make(numbers, disturbed=disturbed)
+        except (BankoError, NoMemoryError) as error:
+            return Failed(device, error)
+        except RuntimeError as error:
+            return Failed(device, RuntimeError(first_line(error)))  # of a class that the driver may not know
+        near = crowding if socket.gethostname() == driver else None
+        return Made(device, images, seconds, grows, near, self._maker.facts(), self._said())
+
+    def _said(self) -> Sequence[tuple[str, str]]:
+        said, self._log.kept = self._log.kept, []
+        return said
+
+
+@dataclass
+class _Member:
+    """An actor, as the driver sees it: its handle, what it has yet to answer, first things first, whether it is still
+    to be started, and whether it had to load a second time."""
+
+    handle: Any = None
+    refs: list[Any] = field(default_factory=list)
+    wanted: bool = True
+    asked_twice: bool = False
+
+
+class Fleet:
+    """An engine (`submission.engine.Engine`) of as many devices as were asked for, or as a cluster has.
+
+    `count` is None for all GPUs of a cluster, and then grows with it.
+    """
+
+    depth = 2
+
+    def __init__(self, kind: str, count: int | None, cluster: str | None, log: Log) -> None:
+        """Starts Ray on this machine, for `count` devices of a `kind`, and does not wait for it; or joins a `cluster`
+        for so many, or with None for all its GPUs, where the kind may be `auto`. Raises UsageError.
+        """
+        self.kind = kind
+        self.cores: int | None = None
+        self.sharing = count or 1
+        self._wanted, self._cluster, self._log = count, cluster, log
+        self._members: list[_Member] = []
+        self._load: Load | None = None
+        self._seconds_left: Callable[[], float] = lambda: 0.0
+        self._manner: tuple[object, ...] | None = None
+        self._looked_at = 0.0
+        self._folder: Path | None = None
+        self._before = {child.pid for child in psutil.Process().children(recursive=True)}
+        self._trouble: UsageError | None = None
+        self._connected, self._closed = threading.Event(), threading.Event()
+        self._began = log.budget.elapsed
+        if cluster is None:
+            self._members = [_Member() for _ in range(self.sharing)]
+            cores = len(psutil.Process().cpu_affinity())
+            self.cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, cores // self.sharing)
+            if kind == "cpu" and self.sharing > cores:
+                log.warn(f"{count} devices share {cores} cores")
+        # The thread stays: Ray's processes end with the one that started them.
+        threading.Thread(target=self._connect, name="ray", daemon=True).start()
+        if cluster is not None:
+            self._connected.wait()
+            if self._trouble:
+                raise self._trouble
+
+    @property
+    def count(self) -> int:
+        return len(self._members)
+
+    def load(self, load: Load, seconds_left: Callable[[], float]) -> None:
+        self._load, self._seconds_left = load, seconds_left
+
+    def ask(self, device: int, numbers: NDArray[np.int64], *, disturbed: bool) -> None:
+        member = self._members[device]
+        member.refs.append(member.handle.make.remote(device, numbers, socket.gethostname(), disturbed=disturbed))
+
+    def events(self, seconds: float) -> Sequence[Event]:
+        if not self._connected.wait(seconds):
+            return []
+        if self._trouble:
+            raise self._trouble
+        import ray  # noqa: PLC0415
+
+        self._grow()
+        for index, member in enumerate(self._members):
+            if member.wanted:
+                self._start(index)
+        waiting = {member.refs[0]: index for index, member in enumerate(self._members) if member.refs}
+        if not waiting:
+            time.sleep(seconds)
+            return []
+        done, _ = ray.wait(list(waiting), num_returns=1, timeout=seconds)
+        if done:
+            done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
+        events = [self._outcome(waiting[ref], ref) for ref in done]
+        return [event for event in events if event]
+
+    def restart(self, device: int) -> None:
+        self._members[device].wanted = True
+
+    def stop(self, device: int) -> None:
+        import ray  # noqa: PLC0415
+
+        handle, self._members[device] = self._members[device].handle, _Member(wanted=False)
+        if handle is not None:
+            ray.kill(handle, no_restart=True)
+
+    def peak_memory(self) -> int:
+        return peak_memory()
+
+    def close(self, patience: float = 1.0) -> None:
+        self._closed.set()
+        if self._cluster is not None:
+            for index in range(self.count if self._connected.is_set() else 0):
+                self.stop(index)
+            return
+        until = time.monotonic() + patience
+        while left := [child for child in _descendants() if child.pid not in self._before]:
+            for child in left:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+            if time.monotonic() > until:
+                break
+            time.sleep(0.01)
+        if self._folder:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _connect(self) -> None:
+        """Starts Ray, or joins it; then waits until it is over."""
+        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+        # Where Ray itself is gone, the job goes on without it: it must not end this process, as it would after 60 s.
+        os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = "86400"  # noqa: SIM112
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        wish = "several devices on this machine" if self._cluster is None else f"--cluster {self._cluster}"
+        try:
+            if self._cluster is None:
+                self._start_ray()
+            else:
+                self._join(self._cluster)
+        except ImportError:
+            self._trouble = UsageError(f"{wish}: Ray is missing; pip install -r requirements-ray.txt brings it")
+        except UsageError as error:
+            self._trouble = error
+        except Exception as error:  # noqa: BLE001  of many classes, some of them Ray's own
+            self._trouble = UsageError(f"{wish}: Ray does not start or answer ({first_line(error)})")
+        else:
+            import ray  # noqa: PLC0415
+
+            atexit.unregister(ray.shutdown)  # which waits for what `close` has ended
+        self._log.spans["start Ray"] = self._began, self._log.budget.elapsed
+        self._log.timings["start Ray"] = self._log.budget.elapsed - self._began
+        self._connected.set()
+        self._closed.wait()
+
+    def _start_ray(self) -> None:
+        # Other users of this machine reach its ports, too: whoever has no token is refused.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        import ray  # noqa: PLC0415
+
+        if sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._folder = Path(tempfile.mkdtemp(prefix="banko-ray-"))
+        store, directory = max(STORE_LEAST, self.count * STORE_SHARE), None
+        shared = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
+        if shared < store:
+            directory = str(self._folder)
+            self._log.warn(
+                f"{SHARED_MEMORY} has room for {shared / 1e6:,.0f} MB of {store / 1e6:,.0f}: images pass through files "
+                f"in {self._folder} (a container's is set with --shm-size)"
+            )
+        ray.init(
+            address="local",
+            num_cpus=self.count,
+            num_gpus=self.count if self.kind == "cuda" else 0,
+            object_store_memory=store,
+            include_dashboard=False,
+            configure_logging=False,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+            _plasma_directory=directory,
+            _temp_dir=str(self._folder),
+            # Its watch over memory would end actors where the page cache fills that. The kernel knows better.
+            _system_config={"memory_monitor_refresh_ms": 0},
+        )
+
+    def _join(self, address: str) -> None:
+        import ray  # noqa: PLC0415
+
+        ray.init(
+            address=address,
+            runtime_env={"py_modules": [str(PACKAGE)]},
+            configure_logging=False,
+            log_to_driver=False,
+        )
+        nodes = [node["Resources"] for node in _nodes()]
+        cores, gpus = [int(node.get("CPU", 0)) for node in nodes], sum(int(node.get("GPU", 0)) for node in nodes)
+        if self.kind != "cpu" and gpus:
+            self.kind = "cuda"
+        elif self.kind == "cuda":
+            raise UsageError(f"--device cuda: the Ray cluster {address} has no GPU")
+        elif self._wanted is None:
+            raise UsageError(f"the Ray cluster {address} has no GPU: --devices says how many devices its CPUs are")
+        else:
+            self.kind = "cpu"
+        devices = self._wanted or gpus
+        self._members = [_Member() for _ in range(devices)]
+        self.cores = cores_a_device(cores, devices)
+        self.sharing = -(-devices // len(nodes))
+        self._log.say(f"Ray cluster: {len(nodes)} nodes, {sum(cores)} CPUs, {gpus} GPUs; {devices} devices of it")
+
+    def _grow(self) -> None:
+        """Takes in GPUs that have joined the cluster."""
+        now = time.monotonic()
+        if self._cluster is None or self._wanted is not None or now - self._looked_at < CLUSTER_LOOK:
+            return
+        self._looked_at = now
+        for _ in range(self.count, sum(int(node["Resources"].get("GPU", 0)) for node in _nodes())):
+            self._members.append(_Member())
+            self._log.say(f"the cluster has grown: device {self.count} is started")
+
+    def _start(self, index: int) -> None:
+        import ray  # noqa: PLC0415
+
+        needs = {"num_gpus": 1, "num_cpus": 0} if self.kind == "cuda" else {"num_cpus": self._cpus}
+        # Ray restarts nothing; whether that pays, the job decides.
+        actor = ray.remote(Actor).options(**needs, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")
+        self._members[index] = _Member(actor.remote(self._load), wanted=False)
+        self._ask_to_load(index)
+
+    @property
+    def _cpus(self) -> int:
+        """What a device on a CPU takes of what Ray counts: on this machine, it was told one a device."""
+        return 1 if self._cluster is None else self.cores or 1
+
+    def _ask_to_load(self, index: int) -> None:
+        member = self._members[index]
+        member.refs.append(member.handle.load.remote(index, self.kind, self._seconds_left(), self._manner))
+
+    def _outcome(self, index: int, ref: Any) -> Event | None:
+        """What has become of something that a device was asked for; None where it is asked once more."""
+        import ray  # noqa: PLC0415
+
+        self._members[index].refs.pop(0)
+        try:
+            event: Event = ray.get(ref)
+        except ray.exceptions.RayError as error:
+            self.stop(index)
+            return Gone(index, first_line(error))
+        if isinstance(event, Ready):
+            self._manner = self._manner or event.facts.manner
+            if event.facts.manner != self._manner:
+                if self._members[index].asked_twice:
+                    self.stop(index)
+                    return Gone(index, f"it makes images as {event.facts.manner}, and others as {self._manner}")
+                self._members[index].asked_twice = True
+                self._ask_to_load(index)
+                return None
+        return event
+
+
+def cores_a_device(nodes: Sequence[int], devices: int) -> int:
+    """The most cores that each of so many devices can have on nodes with so many, since none spans two; 1 at least."""
+    fitting = [cores for cores in range(1, max(nodes) + 1) if sum(node // cores for node in nodes) >= devices]
+    return max(fitting, default=1)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
+def _nodes() -> list[dict[str, Any]]:
+    """The nodes of the cluster that are there."""
+    import ray  # noqa: PLC0415
+
+    every: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node for node in every if node["Alive"]]
+
+
+def _descendants() -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        children = psutil.Process().children(recursive=True)
+        return [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+    return []
+
+
+def _leave_with(parent: int) -> None:
+    """Ends this process when its parent is gone: the node's own watch takes longer."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_LOOK)
+    os._exit(1)
