@@ -53,7 +53,7 @@ PROGRESS_SPACING = 0.005
 # Seconds that devices are waited for at a time.
 WAIT = 0.05
 # Seconds before the guard would write the last file that the loop itself leaves what is under way.
-EARLY = 0.2
+EARLY = 0.3
 # A device that was started anew so many times is not worth another try.
 MOST_RESTARTS = 3
 # Seconds that ending other processes may take where this one is about to go.
@@ -400,7 +400,7 @@ def keep_up(work: Work) -> None:
 def conclude(work: Work, guard: Guard) -> None:
     """The end: devices go, so that cores and memory are the file's, and it is finished. Raises BudgetError or
     OutputError."""
-    work.engine.close()
+    work.engine.close(patience=0)
     finish(work, stopped=guard.stop.is_set())
 
 

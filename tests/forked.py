@@ -35,6 +35,7 @@ from submission.generator import Generator, load_generator
 from submission.progress import Log
 from submission.tasks import load_task
 from submission.work import Work
+from tests import stub_device
 from tools.embedded import critic, diffusion, distil, layout, progress, vae
 
 NOBODY = 65534
@@ -53,11 +54,13 @@ def generator() -> Generator:
     return load_generator(load_task("cifar100"), checkpoint, device, log, style="described", seed=0, resolution=None)
 
 
-def start(output: Path, *options: str, fault: str = "") -> ForkServerProcess:
+def start(
+    output: Path, *options: str, fault: str = "", environment: Mapping[str, str] | None = None
+) -> ForkServerProcess:
     """Starts the job in a process of its own, which prints to `output`.log. `fault` is the name of a function below."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
-    process = context.Process(target=_job, args=(output, options, fault))
+    process = context.Process(target=_job, args=(output, options, fault, environment or {}))
     process.start()
     return process
 
@@ -91,7 +94,8 @@ def wait_for(condition: Callable[[], bool], process: ForkServerProcess) -> None:
         time.sleep(0.005)
 
 
-def _job(output: Path, options: tuple[str, ...], fault: str) -> None:
+def _job(output: Path, options: tuple[str, ...], fault: str, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
     log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -164,6 +168,16 @@ def stuck_device(loaded: Generator) -> None:
 def unhurried_device(loaded: Generator) -> None:
     """Leaves time for something to happen between batches."""
     _when_generating(loaded, lambda _: time.sleep(0.3))
+
+
+def stubs(_: Generator) -> None:
+    """Devices are made up, each with an actor of its own."""
+    vars(job)["loader"] = lambda *_: stub_device.load
+
+
+def stubs_that_do_not_load(_: Generator) -> None:
+    """No device sees the checkpoint."""
+    vars(job)["loader"] = lambda *_: stub_device.load_nothing
 
 
 def failing_device(loaded: Generator) -> None:

@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import threading
@@ -35,8 +36,17 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # Bytes of shared memory for images on their way, on a machine of our own: a device's share, and the least there is.
 STORE_SHARE, STORE_LEAST = 64 << 20, 128 << 20
 SHARED_MEMORY = Path("/dev/shm")
-# Seconds between two looks at whether a cluster has grown, and of an actor at whether its node is still there.
-CLUSTER_LOOK, PARENT_LOOK = 2.0, 0.5
+# Seconds between two looks at whether a cluster has grown, and in which one has to answer.
+CLUSTER_LOOK, CLUSTER_PATIENCE = 2.0, 5.0
+# What is left to do where this process is killed, and its end of a pipe closed: Ray's agents would wait for a minute
+# for one that answers. They are known by the logs that they write to.
+WATCH = """
+read -r _
+for process in /proc/[0-9]*; do
+    if ls -l "$process/fd" 2>/dev/null | grep -qF "$1/"; then kill -9 "${process#/proc/}"; fi
+done
+rm -rf "$1"
+"""
 # Linux: processes whose parent dies become children of this one, so that they can be found (prctl(2)).
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -48,7 +58,6 @@ class Actor:
         self._load = load
         self._log = Log("kept", start_budget(0))
         self._maker: Maker | None = None
-        threading.Thread(target=_leave_with, args=(os.getppid(),), daemon=True).start()
 
     def load(self, device: int, kind: str, seconds_left: float, manner: tuple[object, ...] | None) -> Ready | Failed:
         import ray  # noqa: PLC0415
@@ -112,6 +121,7 @@ class Fleet:
         self._manner: tuple[object, ...] | None = None
         self._looked_at = 0.0
         self._folder: Path | None = None
+        self._watch: subprocess.Popen[bytes] | None = None
         self._before = {child.pid for child in psutil.Process().children(recursive=True)}
         self._trouble: UsageError | None = None
         self._connected, self._closed = threading.Event(), threading.Event()
@@ -175,10 +185,10 @@ class Fleet:
         return peak_memory()
 
     def close(self, patience: float = 1.0) -> None:
-        self._closed.set()
         if self._cluster is not None:
             for index in range(self.count if self._connected.is_set() else 0):
                 self.stop(index)
+            self._closed.set()
             return
         until = time.monotonic() + patience
         while left := [child for child in _descendants() if child.pid not in self._before]:
@@ -190,15 +200,22 @@ class Fleet:
             time.sleep(0.01)
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
+        self._closed.set()
 
     def _connect(self) -> None:
         """Starts Ray, or joins it; then waits until it is over."""
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        # Where Ray itself is gone, the job goes on without it: it must not end this process, as it would after 60 s.
-        os.environ["RAY_gcs_rpc_server_reconnect_timeout_s"] = "86400"  # noqa: SIM112
-        logging.getLogger("ray").setLevel(logging.ERROR)
+        if self._cluster is None:
+            # Other users of this machine reach its ports, too: whoever has no token is refused.
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         wish = "several devices on this machine" if self._cluster is None else f"--cluster {self._cluster}"
         try:
+            import ray  # noqa: PLC0415
+
+            logging.getLogger("ray").setLevel(logging.ERROR)
+            # It would print a paragraph for everyone who dies; the job has a line for that.
+            ray._private.worker.print_to_stdstream = lambda *_, **__: None
+            atexit.unregister(ray.shutdown)  # which would wait for what `close` has ended
             if self._cluster is None:
                 self._start_ray()
             else:
@@ -209,23 +226,19 @@ class Fleet:
             self._trouble = error
         except Exception as error:  # noqa: BLE001  of many classes, some of them Ray's own
             self._trouble = UsageError(f"{wish}: Ray does not start or answer ({first_line(error)})")
-        else:
-            import ray  # noqa: PLC0415
-
-            atexit.unregister(ray.shutdown)  # which waits for what `close` has ended
         self._log.spans["start Ray"] = self._began, self._log.budget.elapsed
         self._log.timings["start Ray"] = self._log.budget.elapsed - self._began
         self._connected.set()
         self._closed.wait()
 
     def _start_ray(self) -> None:
-        # Other users of this machine reach its ports, too: whoever has no token is refused.
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         import ray  # noqa: PLC0415
 
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._folder = Path(tempfile.mkdtemp(prefix="banko-ray-"))
+        watch = ["/bin/sh", "-c", WATCH, "watch", str(self._folder)]
+        self._watch = subprocess.Popen(watch, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         store, directory = max(STORE_LEAST, self.count * STORE_SHARE), None
         shared = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
         if shared < store:
@@ -245,13 +258,17 @@ class Fleet:
             _node_ip_address="127.0.0.1",
             _plasma_directory=directory,
             _temp_dir=str(self._folder),
-            # Its watch over memory would end actors where the page cache fills that. The kernel knows better.
-            _system_config={"memory_monitor_refresh_ms": 0},
+            # Its watch over memory would end actors where the page cache fills that; the kernel knows better. And where
+            # Ray's own head is gone, this process goes on without it, which it would end after a minute.
+            _system_config={"memory_monitor_refresh_ms": 0, "gcs_rpc_server_reconnect_timeout_s": 86400},
         )
 
     def _join(self, address: str) -> None:
         import ray  # noqa: PLC0415
 
+        host, _, port = address.rpartition(":")
+        if host:  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=CLUSTER_PATIENCE).close()
         ray.init(
             address=address,
             runtime_env={"py_modules": [str(PACKAGE)]},
@@ -347,10 +364,3 @@ def _descendants() -> list[psutil.Process]:
         children = psutil.Process().children(recursive=True)
         return [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
     return []
-
-
-def _leave_with(parent: int) -> None:
-    """Ends this process when its parent is gone: the node's own watch takes longer."""
-    while os.getppid() == parent:
-        time.sleep(PARENT_LOOK)
-    os._exit(1)

@@ -1,0 +1,48 @@
+"""A device that is made up, for actors: it takes its time and none of a core. Imports no torch, so that many can be
+started.
+
+The environment of the actors says how many `STUB_SECONDS` a batch takes (0.3), and where to note when each batch began
+and ended, `STUB_TIMES`.
+"""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from submission.devices import Facts
+from submission.errors import CheckpointError
+from submission.progress import Log
+
+
+def picture(number: int) -> NDArray[np.uint8]:
+    """The image of a number, 32 px, like no other."""
+    return np.random.default_rng(number).integers(0, 256, (3, 32, 32), dtype=np.uint8)
+
+
+class StubMaker:
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def facts(self) -> Facts:
+        return Facts("stub", 1, 32, "torch.float32", "torch.float32", "vae", {}, 0, None, 0)
+
+    def make(self, numbers: NDArray[np.int64], *, disturbed: bool) -> tuple[NDArray[np.uint8], float, bool, float]:
+        began = time.monotonic()
+        images = np.stack([picture(number) for number in numbers.tolist()])
+        time.sleep(max(0.0, began + self.seconds - time.monotonic()))
+        if folder := os.environ.get("STUB_TIMES"):
+            with Path(folder, str(os.getpid())).open("a") as file:
+                file.write(f"{began} {time.monotonic()}\n")
+        return images, self.seconds, True, 1.0
+
+
+def load(seconds_left: float, manner: tuple[object, ...] | None, log: Log) -> StubMaker:
+    log.say("a stub is loaded")
+    return StubMaker(float(os.environ.get("STUB_SECONDS", "0.3")))
+
+
+def load_nothing(seconds_left: float, manner: tuple[object, ...] | None, log: Log) -> StubMaker:
+    raise CheckpointError("/weights/unet is missing")
