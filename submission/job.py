@@ -351,14 +351,12 @@ def lose(work: Work, index: int, error: Exception, *, again: bool = True) -> Non
             raise error
         work.log.warn(f"generation failed, the file is finished with {scheduler.rounds} rounds: {first_line(error)}")
         return
-    again = again and device.restarts < MOST_RESTARTS and scheduler.pays_to_start()
+    again = again and device.restarts < MOST_RESTARTS and scheduler.pays_to_start() and work.engine.restart(index)
     what = "is started anew" if again else "is left out from now on"
     given = f"; its {lost} images in hand go to others" if lost else ""
     work.log.warn(f"{said_of(device, index)} {what} ({first_line(error)}){given}")
     device.dropped = not again
-    if again:
-        device.restarts += 1
-        work.engine.restart(index)
+    device.restarts += again
 
 
 def said_of(device: Device, index: int) -> str:

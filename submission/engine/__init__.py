@@ -116,8 +116,9 @@ class Engine(Protocol):
         """What has happened, waiting so many seconds for something to. Raises UsageError and CheckpointError."""
         ...
 
-    def restart(self, device: int) -> None:
-        """Starts a device anew, whatever has become of it."""
+    def restart(self, device: int) -> bool:
+        """Starts a device anew, whatever has become of it; False where that cannot be done any more."""
+        ...
 
     def stop(self, device: int) -> None:
         """Ends a device; nothing of what it had in hand comes back."""

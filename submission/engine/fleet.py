@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -33,8 +34,8 @@ from submission.progress import Log
 from submission.working_memory import peak_memory
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# Bytes of shared memory for images on their way, on a machine of our own: a device's share, and the least there is.
-STORE_SHARE, STORE_LEAST = 64 << 20, 128 << 20
+# Bytes of a batch up to which its images come straight to the driver, and of the store that larger ones pass through.
+DIRECT, STORE = 64 << 20, 128 << 20
 SHARED_MEMORY = Path("/dev/shm")
 # Seconds between two looks at whether a cluster has grown, and in which one has to answer.
 CLUSTER_LOOK, CLUSTER_PATIENCE = 2.0, 5.0
@@ -121,6 +122,7 @@ class Fleet:
         self._manner: tuple[object, ...] | None = None
         self._looked_at = 0.0
         self._folder: Path | None = None
+        self._heart: list[psutil.Process] = []
         self._watch: subprocess.Popen[bytes] | None = None
         self._before = {child.pid for child in psutil.Process().children(recursive=True)}
         self._trouble: UsageError | None = None
@@ -171,8 +173,10 @@ class Fleet:
         events = [self._outcome(waiting[ref], ref) for ref in done]
         return [event for event in events if event]
 
-    def restart(self, device: int) -> None:
-        self._members[device].wanted = True
+    def restart(self, device: int) -> bool:
+        alive = all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in self._heart)
+        self._members[device].wanted = alive
+        return alive
 
     def stop(self, device: int) -> None:
         import ray  # noqa: PLC0415
@@ -239,29 +243,35 @@ class Fleet:
         self._folder = Path(tempfile.mkdtemp(prefix="banko-ray-"))
         watch = ["/bin/sh", "-c", WATCH, "watch", str(self._folder)]
         self._watch = subprocess.Popen(watch, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        store, directory = max(STORE_LEAST, self.count * STORE_SHARE), None
-        shared = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else 0
-        if shared < store:
+        directory = None
+        if not SHARED_MEMORY.is_dir() or shutil.disk_usage(SHARED_MEMORY).free < STORE:
             directory = str(self._folder)
-            self._log.warn(
-                f"{SHARED_MEMORY} has room for {shared / 1e6:,.0f} MB of {store / 1e6:,.0f}: images pass through files "
-                f"in {self._folder} (a container's is set with --shm-size)"
+            self._log.say(
+                f"{SHARED_MEMORY} has no room for {STORE / 1e6:,.0f} MB: Ray passes batches of more than "
+                f"{DIRECT / 1e6:,.0f} MB through files in {directory}"
             )
         ray.init(
             address="local",
             num_cpus=self.count,
             num_gpus=self.count if self.kind == "cuda" else 0,
-            object_store_memory=store,
+            object_store_memory=STORE,
             include_dashboard=False,
             configure_logging=False,
             log_to_driver=False,
             _node_ip_address="127.0.0.1",
             _plasma_directory=directory,
             _temp_dir=str(self._folder),
-            # Its watch over memory would end actors where the page cache fills that; the kernel knows better. And where
-            # Ray's own head is gone, this process goes on without it, which it would end after a minute.
-            _system_config={"memory_monitor_refresh_ms": 0, "gcs_rpc_server_reconnect_timeout_s": 86400},
+            _system_config={
+                # Its watch over memory would end actors where the page cache fills that; the kernel knows better.
+                "memory_monitor_refresh_ms": 0,
+                # Where Ray itself is gone, this process goes on without it. It would be ended after a minute, or when
+                # it next touches the store, which images therefore pass by.
+                "gcs_rpc_server_reconnect_timeout_s": 86400,
+                "max_direct_call_object_size": DIRECT,
+                "task_rpc_inlined_bytes_limit": DIRECT,
+            },
         )
+        self._heart = [child for child in psutil.Process().children() if child.name() in ("gcs_server", "raylet")]
 
     def _join(self, address: str) -> None:
         import ray  # noqa: PLC0415
@@ -328,7 +338,7 @@ class Fleet:
             event: Event = ray.get(ref)
         except ray.exceptions.RayError as error:
             self.stop(index)
-            return Gone(index, first_line(error))
+            return Gone(index, textwrap.shorten(first_line(error), 120, placeholder=" ..."))
         if isinstance(event, Ready):
             self._manner = self._manner or event.facts.manner
             if event.facts.manner != self._manner:

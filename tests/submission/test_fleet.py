@@ -192,7 +192,7 @@ def test_a_ray_that_dies_ends_generation_and_not_the_job(tmp_path: Path) -> None
     for child in below(process.pid):
         with suppress(psutil.NoSuchProcess):
             child.kill()
-    assert end(process) == 0, said(output)
+    assert end(process, 30) == 0, said(output)
     assert any("is left out" in warning for warning in check(output)["warnings"])
 
 
