@@ -229,6 +229,11 @@ def gpu_without_weights(_: object) -> None:
     vars(job)["PROJECT"] = Path.cwd()
 
 
+def no_ray(_: object) -> None:
+    """Ray is not installed."""
+    vars(sys)["modules"]["ray"] = None
+
+
 def small_training(_: object) -> None:
     """The trainer's batches are a few images, its UNets narrow, every other step has a line in the log. Nothing is
     compiled, which takes longer than to train so little."""

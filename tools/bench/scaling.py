@@ -1,9 +1,9 @@
 """Rounds that several devices make against one in the same generating time, with one core and one thread each.
 
 One device is the job as it is without Ray, kept to one core; several are actors of Ray. A turn runs both, so that a
-machine whose speed drifts slows both alike, and the ratio is taken turn by turn. It is of rounds a second of generating,
-from when the first device is ready to when the last file is begun; what starting Ray and the devices took stands beside
-it.
+machine whose speed drifts slows both alike, and the ratio is taken turn by turn. It is of rounds per second of
+generating, from when the first device is ready to when the last file is begun; what starting Ray and the devices took
+stands beside it.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def table(figures: dict[str, Any]) -> str:
     for devices, runs in figures["turns"].items():
         ratio = 1 if devices == "1" else figures["speedup"]
         told = [
-            f"{run['rounds']} / {run['generating_seconds']:.1f} ({run['ray_seconds']:.1f}, {run['first_image_after']:.1f})"
+            "{rounds} / {generating_seconds:.1f} ({ray_seconds:.1f}, {first_image_after:.1f})".format(**run)
             for run in runs
         ]
         lines.append(f"{devices:<22}{ratio:>7.2f}   {', '.join(told)}")
