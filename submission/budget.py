@@ -157,7 +157,7 @@ class Scheduler:
     where need be.
 
     `rounds` are those that a file may hold now, the first ones without a gap; `before` those of a run before, wherever
-    they stand; `images` those that the `devices` have made in this run. `loading` is how long one takes to be ready.
+    they stand; `images` those that the `devices` have made in this run.
     """
 
     budget: Budget
@@ -167,7 +167,6 @@ class Scheduler:
     before: int = 0
     rounds: int = 0
     images: int = 0
-    loading: float = 0.0
     in_place: Extent | None = None
     spent: float = 0.0
     hurried_end: float = math.inf
@@ -262,7 +261,8 @@ class Scheduler:
 
     def pays_to_start(self) -> bool:
         """Whether a device that is started now would be ready early enough to be worth it."""
-        return self.left - self.finish(self.shape.extent(self.rounds)) > START_GAIN * self.loading
+        loading = max(device.loading for device in self.devices)
+        return self.left - self.finish(self.shape.extent(self.rounds)) > START_GAIN * loading
 
     def snapshot(self) -> Extent | None:
         """What to write now beside generation, if anything: the first round at once, then larger files as they pay."""

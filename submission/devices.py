@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,36 +13,11 @@ from submission.estimates import Pace
 
 # A batch that takes this many times as long as expected, and this many seconds longer, is an outage and no pace.
 STALL_FACTOR, STALL_SECONDS = 5.0, 1.0
-# Seconds that the first batch of a device may take: nothing is known of it yet, and kernels are chosen.
-FIRST_PATIENCE = 30.0
+# The first batch of a device, of which nothing is known yet, may take so many seconds, or times as long as its loading.
+FIRST_PATIENCE, FIRST_FACTOR = 30.0, 4.0
 # A device is taken to hang when its batch is late by so many times the patience with it, and by so many seconds: to
 # start it anew costs about as much.
 HUNG_FACTOR, HUNG_SECONDS = 4.0, 20.0
-
-
-@dataclass(frozen=True)
-class Facts:
-    """How a device makes its images, and what that took of it so far.
-
-    `resolution` in pixels, `fidelity` in decibels by decoder; `regenerated` images came out broken and were made again
-    in float32; `device_memory` (None on a CPU) and `memory` of the process are peaks in bytes.
-    """
-
-    device: str
-    threads: int
-    resolution: int
-    unet_dtype: str
-    vae_dtype: str
-    decoder: str
-    fidelity: Mapping[str, float]
-    regenerated: int
-    device_memory: int | None
-    memory: int
-
-    @property
-    def manner(self) -> tuple[object, ...]:
-        """What decides pixels, and has to be the same on all devices."""
-        return self.resolution, self.unet_dtype, self.vae_dtype, self.decoder
 
 
 @dataclass
@@ -70,10 +46,9 @@ class Batch:
 
 @dataclass
 class Device:
-    """A device, by `name` and the `node` it is on. It is `ready` once its generator is loaded, and `dropped` where it
-    is not started any more; `restarts` says how often it was started anew, `images` how many it has made.
-
-    `fastest` is in seconds an image. `in_hand` are its batches in the order in which it makes them.
+    """A device, by `name` and the `node` it is on. It is `ready` once its generator is loaded, which took `loading`
+    seconds, and `dropped` where it is not started any more; `restarts` says how often it was started anew, `images` how
+    many it has made, and `facts` how. `fastest` is in seconds an image. `in_hand` are its batches, in their order.
     """
 
     batch: BatchSize
@@ -81,9 +56,10 @@ class Device:
     node: str = ""
     ready: bool = True
     dropped: bool = False
-    facts: Facts | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
     images: int = 0
     restarts: int = 0
+    loading: float = 0.0
     pace: Pace = field(default_factory=Pace)
     fastest: float = math.inf
     batches: int = 0
@@ -93,7 +69,9 @@ class Device:
     def give(self, numbers: NDArray[np.int64], now: float, *, disturbed: bool = False) -> None:
         """Puts images into its hands at second `now` of the budget."""
         expected = self.pace.bound(len(numbers), self.batch.current)
-        patience = max(STALL_FACTOR * expected, expected + STALL_SECONDS) if self.batches else FIRST_PATIENCE
+        patience = max(STALL_FACTOR * expected, expected + STALL_SECONDS)
+        if not self.batches:
+            patience = max(FIRST_PATIENCE, FIRST_FACTOR * self.loading)
         self.in_hand.append(Batch(numbers, now, expected, patience, disturbed))
 
     def took(self, now: float) -> Batch:

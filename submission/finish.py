@@ -9,13 +9,12 @@ import numpy as np
 from submission.checkpoint import recognise
 from submission.contact_sheet import MOST_CLASSES, draw_contact_sheet
 from submission.dataset_file import AbandonedError, write_dataset
-from submission.decoder import FIDELITY
-from submission.devices import Facts
 from submission.errors import OutputError
 from submission.estimates import Extent
 from submission.manifest import machine, write_json, write_whole
 from submission.output_folder import release
 from submission.work import Work
+from submission.working_memory import peak_memory
 
 # What the report took on two busy CPU cores that had yet to read its libraries from the disk: with less time left it is
 # not begun, and so much is kept for it where that is no more than this share of the budget.
@@ -177,6 +176,7 @@ def write_manifest(work: Work) -> None:
 def manifest(work: Work, extent: Extent) -> dict[str, object]:
     config, scheduler, log = work.config, work.scheduler, work.log
     told = [device.facts for device in scheduler.devices if device.facts]
+    peaks = [peak_memory(), *(facts["peak_memory_bytes"] for facts in told)]
     generating = max(log.timings.get("generate", 0.0), 1e-9)
     digests = work.digests.wait(0)
     return {
@@ -204,9 +204,10 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
         ],
         "snapshots_seconds": round(scheduler.spent, 3),
         "batch_size": scheduler.batch_size,
-        "images_regenerated": sum(facts.regenerated for facts in told),
         "plans": list(work.plans),
-        **(_manner(told[0]) if told else {}),
+        # How images were made on the first device and, with the same result, on all others.
+        **(told[0] if told else {}),
+        "images_regenerated": sum(facts["images_regenerated"] for facts in told),
         "checkpoint": {
             "source": work.checkpoint.source,
             "path": str(work.checkpoint.path),
@@ -214,7 +215,7 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
             "recognised": digests and recognise(digests),
         },
         "warnings": list(log.warnings),
-        "peak_memory_bytes": work.engine.peak_memory(),
+        "peak_memory_bytes": max(peaks),
         **machine(),
         # Last, since it is long.
         "progress": {
@@ -222,20 +223,3 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
             for column, name in enumerate(("elapsed", "images", "batch_size"))
         },
     }
-
-
-def _manner(facts: Facts) -> dict[str, object]:
-    """How images were made, on the device of these facts and, with the same result, on all others."""
-    told: dict[str, object] = {
-        "resolution": facts.resolution,
-        "unet_dtype": facts.unet_dtype,
-        "decoder": {
-            "name": facts.decoder,
-            "dtype": facts.vae_dtype,
-            "fidelity_db": dict(facts.fidelity),
-            "fidelity_wanted_db": FIDELITY,
-        },
-        "device": facts.device,
-        "threads": facts.threads,
-    }
-    return told if facts.device_memory is None else told | {"peak_device_memory_bytes": facts.device_memory}

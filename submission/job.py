@@ -17,7 +17,7 @@ from submission.budget import Budget, Scheduler, Shape
 from submission.checkpoint import Checkpoint
 from submission.device import choose_devices
 from submission.devices import Device
-from submission.engine import Engine, Event, Failed, Gone, Load, Made, NoMemoryError, Ready
+from submission.engine import Event, Failed, Load, Made, NoMemoryError, Ready
 from submission.engine.alone import Alone
 from submission.engine.fleet import Fleet, first_line
 from submission.engine.maker import Loading, load_elsewhere, load_maker
@@ -98,9 +98,9 @@ def run(config: JobConfig, budget: Budget, log: Log, guard: Guard) -> None:
 
 
 @contextmanager
-def open_engine(config: JobConfig, log: Log, guard: Guard) -> Iterator[Engine]:
+def open_engine(config: JobConfig, log: Log, guard: Guard) -> Iterator[Alone | Fleet]:
     """What was asked for: a device in this process, or several through Ray. Raises UsageError."""
-    engine: Engine
+    engine: Alone | Fleet
     if config.cluster is not None:
         engine = Fleet(config.device, config.devices, config.cluster, log)
     else:
@@ -113,7 +113,7 @@ def open_engine(config: JobConfig, log: Log, guard: Guard) -> Iterator[Engine]:
         engine.close()
 
 
-def loader(config: JobConfig, checkpoint: Checkpoint, engine: Engine) -> Load:
+def loader(config: JobConfig, checkpoint: Checkpoint, engine: Alone | Fleet) -> Load:
     """What a device does to get ready, in its own process."""
     embedded = checkpoint.path == checkpoints.EMBEDDED
     label = checkpoints.fingerprint(checkpoint)
@@ -254,6 +254,8 @@ def generate(work: Work, guard: Guard) -> None:
     if scheduler.rounds == 0:
         if guard.stop.is_set():
             raise BudgetError("stopped before the first round was done: there is nothing to write")
+        if gone and not isinstance(work.trouble, BankoError):
+            raise UsageError(f"no device could make a single round ({work.trouble})")
         raise (gone and work.trouble) or scheduler.too_small()
 
 
@@ -278,7 +280,7 @@ def take(work: Work, event: Event) -> None:
             pass_on(work, event)
             device.ready, device.facts = True, event.facts
             device.name, device.node = event.name, event.node
-            scheduler.loading = max(scheduler.loading, event.seconds)
+            device.loading = event.seconds
             if work.engine.depth > 1:
                 log.say(f"{device.name} on {device.node} is ready, after {event.seconds:.1f} s")
         case Made():
@@ -301,9 +303,8 @@ def take(work: Work, event: Event) -> None:
         case Failed(error=CheckpointError()) if device.ready:
             raise event.error  # what one makes broken, all do
         case Failed():
-            lose(work, event.device, event.error, again=device.ready)
-        case Gone():
-            lose(work, event.device, UsageError(event.reason), again=device.ready or not device.restarts)
+            hopeless = isinstance(event.error, BankoError) or device.restarts
+            lose(work, event.device, event.error, again=device.ready or not hopeless)
 
 
 def pass_on(work: Work, event: Ready | Made) -> None:
@@ -320,9 +321,8 @@ def shrink(work: Work, index: int) -> None:
     device = work.scheduler.devices[index]
     numbers = device.took(work.scheduler.budget.elapsed).numbers
     work.queue.give_back(numbers)
-    resolution = device.facts.resolution if device.facts else 0
     if len(numbers) == 1:
-        error = UsageError(f"no memory for even one image at {resolution} px: lower --resolution")
+        error = UsageError(f"no memory for even one image at {device.facts['resolution']} px: lower --resolution")
         if work.engine.depth == 1:
             raise error
         lose(work, index, error, again=False)
@@ -351,12 +351,14 @@ def lose(work: Work, index: int, error: Exception, *, again: bool = True) -> Non
             raise error
         work.log.warn(f"generation failed, the file is finished with {scheduler.rounds} rounds: {first_line(error)}")
         return
-    again = again and device.restarts < MOST_RESTARTS and scheduler.pays_to_start() and work.engine.restart(index)
+    again = again and device.restarts < MOST_RESTARTS and scheduler.pays_to_start()
     what = "is started anew" if again else "is left out from now on"
     given = f"; its {lost} images in hand go to others" if lost else ""
     work.log.warn(f"{said_of(device, index)} {what} ({first_line(error)}){given}")
     device.dropped = not again
-    device.restarts += again
+    if again:
+        device.restarts += 1
+        work.engine.restart(index)
 
 
 def said_of(device: Device, index: int) -> str:
@@ -371,7 +373,7 @@ def give_up_waiting(work: Work) -> None:
             continue
         if now >= device.in_hand[0].hung_at:
             seconds = now - device.in_hand[0].began
-            lose(work, index, UsageError(f"no answer for {seconds:.0f} s"))
+            lose(work, index, RuntimeError(f"no answer for {seconds:.0f} s"))
             continue
         for batch in device.in_hand:
             if not batch.handed_on:

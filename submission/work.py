@@ -3,7 +3,7 @@
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
@@ -12,7 +12,6 @@ from submission.budget import Scheduler, Shape
 from submission.checkpoint import Checkpoint
 from submission.dataset_file import Recipe
 from submission.decoder import Rung
-from submission.engine import Engine
 from submission.estimates import Extent
 from submission.image_queue import ImageQueue
 from submission.manifest import Digests
@@ -20,6 +19,10 @@ from submission.progress import Log
 from submission.rounds import Spool
 from submission.snapshots import SnapshotWriter
 from submission.tasks import PromptStyle, Task
+
+if TYPE_CHECKING:
+    from submission.engine.alone import Alone
+    from submission.engine.fleet import Fleet
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Work:
     config: JobConfig
     checkpoint: Checkpoint
     digests: Digests
-    engine: Engine
+    engine: "Alone | Fleet"
     spool: Spool
     queue: ImageQueue
     scheduler: Scheduler

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from submission.devices import Facts
+from submission.engine import Facts
 from submission.errors import CheckpointError
 from submission.progress import Log
 
@@ -27,7 +27,9 @@ class StubMaker:
         self.seconds = seconds
 
     def facts(self) -> Facts:
-        return Facts("stub", 1, 32, "torch.float32", "torch.float32", "vae", {}, 0, None, 0)
+        decoder = {"name": "vae", "dtype": "torch.float32", "fidelity_db": {}, "fidelity_wanted_db": 30}
+        how = {"device": "stub", "threads": 1, "resolution": 32, "unet_dtype": "torch.float32", "decoder": decoder}
+        return {**how, "images_regenerated": 0, "peak_memory_bytes": 0}
 
     def make(self, numbers: NDArray[np.int64], *, disturbed: bool) -> tuple[NDArray[np.uint8], float, bool, float]:
         began = time.monotonic()
@@ -39,10 +41,10 @@ class StubMaker:
         return images, self.seconds, True, 1.0
 
 
-def load(seconds_left: float, manner: tuple[object, ...] | None, log: Log) -> StubMaker:
+def load(seconds_left: float, like: Facts | None, log: Log) -> StubMaker:
     log.say("a stub is loaded")
     return StubMaker(float(os.environ.get("STUB_SECONDS", "0.3")))
 
 
-def load_nothing(seconds_left: float, manner: tuple[object, ...] | None, log: Log) -> StubMaker:
+def load_nothing(seconds_left: float, like: Facts | None, log: Log) -> StubMaker:
     raise CheckpointError("/weights/unet is missing")

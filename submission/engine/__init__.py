@@ -1,17 +1,19 @@
-"""Where images come from: one device in this process (`alone`), or many through Ray (`fleet`), behind one interface.
+"""Where images come from: one device in this process (`alone`), or many through Ray (`fleet`).
 
-The generating loop asks devices for image numbers and gets events back. Imports neither torch nor Ray.
+The generating loop asks either for image numbers (`ask`) and gets `events` back. Imports neither torch nor Ray.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from submission.devices import Facts
 from submission.progress import Log
+
+# How a device makes its images, in the words of the manifest, and what that took of it so far.
+Facts = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -28,10 +30,10 @@ class Ready:
 
 @dataclass(frozen=True)
 class Made:
-    """A device comes back with the first batch that it has in hand: uint8 [n, 3, size, size], after so many `seconds`.
+    """A device comes back with the first batch that it has in hand, as uint8 [n, 3, size, size].
 
-    `grows`: whether its memory allows larger batches. `crowding`: how many times as long as alone its process takes at
-    present, None where that is another machine's affair.
+    It took so many `seconds`; `grows`: whether its memory allows larger ones; `crowding`: how many times as long as
+    alone its process takes at present, None where that is another machine's affair.
     """
 
     device: int
@@ -45,21 +47,14 @@ class Made:
 
 @dataclass(frozen=True)
 class Failed:
-    """A device cannot load its generator, or comes back from its first batch without images."""
+    """A device comes back without its generator, or without its first batch, or not at all: it is gone with all that it
+    had in hand."""
 
     device: int
     error: Exception
 
 
-@dataclass(frozen=True)
-class Gone:
-    """A device has died, with all that it had in hand."""
-
-    device: int
-    reason: str
-
-
-Event = Ready | Made | Failed | Gone
+Event = Ready | Made | Failed
 
 
 class NoMemoryError(Exception):
@@ -67,66 +62,20 @@ class NoMemoryError(Exception):
 
 
 class Maker(Protocol):
-    """A device with its generator, in whatever process that is."""
+    """A device with its generator, in whatever process that is. `make` gives the images of those numbers [n], seconds,
+    `Made.grows` and `Made.crowding`; it raises NoMemoryError, CheckpointError, and RuntimeError where the device fails.
+    """
 
     def facts(self) -> Facts: ...
 
-    def make(self, numbers: NDArray[np.int64], *, disturbed: bool) -> tuple[NDArray[np.uint8], float, bool, float]:
-        """The images of those numbers [n], seconds, whether memory allows larger batches, and crowding.
-
-        Raises NoMemoryError, CheckpointError, and RuntimeError where the device fails.
-        """
-        ...
+    def make(self, numbers: NDArray[np.int64], *, disturbed: bool) -> tuple[NDArray[np.uint8], float, bool, float]: ...
 
 
-# Loads a generator inside so many seconds of the budget, in the manner of another device (`Facts.manner`) or, with
-# None, in its own. Raises UsageError and CheckpointError.
-Load = Callable[[float, tuple[object, ...] | None, Log], Maker]
+# Loads a generator inside so many seconds of the budget, in the manner of the device with these facts or, with None, in
+# its own. Raises UsageError and CheckpointError.
+Load = Callable[[float, Facts | None, Log], Maker]
 
 
-class Engine(Protocol):
-    """Devices, numbered from 0 on. `kind` is what they are, `cpu` or `cuda`; `count` may grow while a cluster does.
-
-    `depth` is how many batches each should have in hand. Of those on one machine, `sharing` share its memory, and each
-    has so many of its `cores`; None: all.
-    """
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def depth(self) -> int: ...
-
-    @property
-    def sharing(self) -> int: ...
-
-    @property
-    def cores(self) -> int | None: ...
-
-    @property
-    def count(self) -> int: ...
-
-    def load(self, load: Load, seconds_left: Callable[[], float]) -> None:
-        """Has all devices load their generators. Raises what one device alone does."""
-
-    def ask(self, device: int, numbers: NDArray[np.int64], *, disturbed: bool) -> None:
-        """Puts a batch of images into a device's hands."""
-
-    def events(self, seconds: float) -> Sequence[Event]:
-        """What has happened, waiting so many seconds for something to. Raises UsageError and CheckpointError."""
-        ...
-
-    def restart(self, device: int) -> bool:
-        """Starts a device anew, whatever has become of it; False where that cannot be done any more."""
-        ...
-
-    def stop(self, device: int) -> None:
-        """Ends a device; nothing of what it had in hand comes back."""
-
-    def peak_memory(self) -> int:
-        """Bytes, the most that this process has taken."""
-        ...
-
-    def close(self, patience: float = 1.0) -> None:
-        """Ends everything that was started, waiting so many seconds for it to be gone. May be called from any thread,
-        and twice."""
+def manner(facts: Facts) -> tuple[object, ...]:
+    """What decides pixels, and has to be the same on all devices."""
+    return facts["resolution"], facts["unet_dtype"], facts["decoder"]["name"], facts["decoder"]["dtype"]

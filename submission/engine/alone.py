@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from submission.engine import Event, Failed, Load, Made, Maker, NoMemoryError, Ready
+from submission.engine import Event, Failed, Load, Made, NoMemoryError, Ready
 from submission.progress import Log
-from submission.working_memory import peak_memory
 
 
 class Alone:
-    """An engine (`submission.engine.Engine`) of one device."""
+    """An engine of one device; `submission.engine.fleet.Fleet` says what its parts are for."""
 
     count = depth = sharing = 1
     cores = None
@@ -23,37 +22,32 @@ class Alone:
         self._log = log
         self._events: list[Event] = []
         self._asked: tuple[NDArray[np.int64], bool] | None = None
-        self._maker: Maker | None = None
 
     def load(self, load: Load, seconds_left: Callable[[], float]) -> None:
         began = time.perf_counter()
         self._maker = load(seconds_left(), None, self._log)
         seconds = time.perf_counter() - began
-        self._events.append(Ready(0, self.kind, socket.gethostname(), self._maker.facts(), seconds))
+        self._events = [Ready(0, self.kind, socket.gethostname(), self._maker.facts(), seconds)]
 
     def ask(self, device: int, numbers: NDArray[np.int64], *, disturbed: bool) -> None:
         self._asked = numbers, disturbed
 
     def events(self, seconds: float) -> Sequence[Event]:
         events, self._events = self._events, []
-        if self._asked and self._maker:
+        if self._asked:
             (numbers, disturbed), self._asked = self._asked, None
             try:
-                images, took, grows, crowding = self._maker.make(numbers, disturbed=disturbed)
+                made = self._maker.make(numbers, disturbed=disturbed)
+                events.append(Made(0, *made, self._maker.facts()))
             except (RuntimeError, NoMemoryError) as error:
                 events.append(Failed(0, error))
-            else:
-                events.append(Made(0, images, took, grows, crowding, self._maker.facts()))
         return events
 
-    def restart(self, device: int) -> bool:
-        return False
+    def restart(self, device: int) -> None:
+        """What ends this device ends generation."""
 
     def stop(self, device: int) -> None:
         """A device in this process cannot be ended before it comes back."""
-
-    def peak_memory(self) -> int:
-        return self._maker.facts().memory if self._maker else peak_memory()
 
     def close(self, patience: float = 1.0) -> None:
         """There is nothing to end."""

@@ -28,15 +28,13 @@ import psutil
 from numpy.typing import NDArray
 
 from submission.budget import start_budget
-from submission.engine import Event, Failed, Gone, Load, Made, Maker, NoMemoryError, Ready
+from submission.engine import Event, Facts, Failed, Load, Made, Maker, NoMemoryError, Ready, manner
 from submission.errors import BankoError, UsageError
 from submission.progress import Log
-from submission.working_memory import peak_memory
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Bytes of a batch up to which its images come straight to the driver, and of the store that larger ones pass through.
 DIRECT, STORE = 64 << 20, 128 << 20
-SHARED_MEMORY = Path("/dev/shm")
 # Seconds between two looks at whether a cluster has grown, and in which one has to answer.
 CLUSTER_LOOK, CLUSTER_PATIENCE = 2.0, 5.0
 # What is left to do where this process is killed, and its end of a pipe closed: Ray's agents would wait for a minute
@@ -60,12 +58,12 @@ class Actor:
         self._log = Log("kept", start_budget(0))
         self._maker: Maker | None = None
 
-    def load(self, device: int, kind: str, seconds_left: float, manner: tuple[object, ...] | None) -> Ready | Failed:
+    def load(self, device: int, kind: str, seconds_left: float, like: Facts | None) -> Ready | Failed:
         import ray  # noqa: PLC0415
 
         began = time.perf_counter()
         try:
-            self._maker = self._load(seconds_left, manner, self._log)
+            self._maker = self._load(seconds_left, like, self._log)
         except BankoError as error:
             return Failed(device, type(error)(f"on node {socket.gethostname()}: {error}"))
         gpus = ray.get_gpu_ids()
@@ -92,18 +90,19 @@ class Actor:
 @dataclass
 class _Member:
     """An actor, as the driver sees it: its handle, what it has yet to answer, first things first, whether it is still
-    to be started, and whether it had to load a second time."""
+    to be started, and how often it has loaded in another manner than the others."""
 
     handle: Any = None
     refs: list[Any] = field(default_factory=list)
     wanted: bool = True
-    asked_twice: bool = False
+    loaded: int = 0
 
 
 class Fleet:
-    """An engine (`submission.engine.Engine`) of as many devices as were asked for, or as a cluster has.
+    """An engine of as many devices as were asked for, or as a cluster has GPUs; then `count` grows with it.
 
-    `count` is None for all GPUs of a cluster, and then grows with it.
+    `kind` is what they are, `cpu` or `cuda`, `depth` how many batches each should have in hand. Of those on a machine,
+    `sharing` share its memory, and each has so many of its `cores`; None: all.
     """
 
     depth = 2
@@ -119,10 +118,9 @@ class Fleet:
         self._members: list[_Member] = []
         self._load: Load | None = None
         self._seconds_left: Callable[[], float] = lambda: 0.0
-        self._manner: tuple[object, ...] | None = None
+        self._like: Facts | None = None
         self._looked_at = 0.0
         self._folder: Path | None = None
-        self._heart: list[psutil.Process] = []
         self._watch: subprocess.Popen[bytes] | None = None
         self._before = {child.pid for child in psutil.Process().children(recursive=True)}
         self._trouble: UsageError | None = None
@@ -146,13 +144,16 @@ class Fleet:
         return len(self._members)
 
     def load(self, load: Load, seconds_left: Callable[[], float]) -> None:
+        """Has all devices load their generators."""
         self._load, self._seconds_left = load, seconds_left
 
     def ask(self, device: int, numbers: NDArray[np.int64], *, disturbed: bool) -> None:
+        """Puts a batch of images into a device's hands, `disturbed` by a snapshot that is being written."""
         member = self._members[device]
         member.refs.append(member.handle.make.remote(device, numbers, socket.gethostname(), disturbed=disturbed))
 
     def events(self, seconds: float) -> Sequence[Event]:
+        """What has happened, waiting so many seconds for something to. Raises UsageError."""
         if not self._connected.wait(seconds):
             return []
         if self._trouble:
@@ -173,22 +174,20 @@ class Fleet:
         events = [self._outcome(waiting[ref], ref) for ref in done]
         return [event for event in events if event]
 
-    def restart(self, device: int) -> bool:
-        alive = all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in self._heart)
-        self._members[device].wanted = alive
-        return alive
+    def restart(self, device: int) -> None:
+        """Starts a device anew, whatever has become of it."""
+        self._members[device].wanted = True
 
     def stop(self, device: int) -> None:
+        """Ends a device; nothing of what it had in hand comes back."""
         import ray  # noqa: PLC0415
 
         handle, self._members[device] = self._members[device].handle, _Member(wanted=False)
         if handle is not None:
             ray.kill(handle, no_restart=True)
 
-    def peak_memory(self) -> int:
-        return peak_memory()
-
     def close(self, patience: float = 1.0) -> None:
+        """Ends all that was started, waiting so many seconds for it to be gone: on any thread, and more than once."""
         if self._cluster is not None:
             for index in range(self.count if self._connected.is_set() else 0):
                 self.stop(index)
@@ -243,13 +242,6 @@ class Fleet:
         self._folder = Path(tempfile.mkdtemp(prefix="banko-ray-"))
         watch = ["/bin/sh", "-c", WATCH, "watch", str(self._folder)]
         self._watch = subprocess.Popen(watch, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        directory = None
-        if not SHARED_MEMORY.is_dir() or shutil.disk_usage(SHARED_MEMORY).free < STORE:
-            directory = str(self._folder)
-            self._log.say(
-                f"{SHARED_MEMORY} has no room for {STORE / 1e6:,.0f} MB: Ray passes batches of more than "
-                f"{DIRECT / 1e6:,.0f} MB through files in {directory}"
-            )
         ray.init(
             address="local",
             num_cpus=self.count,
@@ -259,7 +251,7 @@ class Fleet:
             configure_logging=False,
             log_to_driver=False,
             _node_ip_address="127.0.0.1",
-            _plasma_directory=directory,
+            _plasma_directory=str(self._folder),  # shared memory is scarce in containers
             _temp_dir=str(self._folder),
             _system_config={
                 # Its watch over memory would end actors where the page cache fills that; the kernel knows better.
@@ -271,7 +263,6 @@ class Fleet:
                 "task_rpc_inlined_bytes_limit": DIRECT,
             },
         )
-        self._heart = [child for child in psutil.Process().children() if child.name() in ("gcs_server", "raylet")]
 
     def _join(self, address: str) -> None:
         import ray  # noqa: PLC0415
@@ -297,7 +288,7 @@ class Fleet:
             self.kind = "cpu"
         devices = self._wanted or gpus
         self._members = [_Member() for _ in range(devices)]
-        self.cores = cores_a_device(cores, devices)
+        self.cores = 1 if self.kind == "cpu" else None
         self.sharing = -(-devices // len(nodes))
         self._log.say(f"Ray cluster: {len(nodes)} nodes, {sum(cores)} CPUs, {gpus} GPUs; {devices} devices of it")
 
@@ -314,20 +305,15 @@ class Fleet:
     def _start(self, index: int) -> None:
         import ray  # noqa: PLC0415
 
-        needs = {"num_gpus": 1, "num_cpus": 0} if self.kind == "cuda" else {"num_cpus": self._cpus}
+        needs = {"num_gpus": 1, "num_cpus": 0} if self.kind == "cuda" else {"num_cpus": 1}
         # Ray restarts nothing; whether that pays, the job decides.
         actor = ray.remote(Actor).options(**needs, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")
         self._members[index] = _Member(actor.remote(self._load), wanted=False)
         self._ask_to_load(index)
 
-    @property
-    def _cpus(self) -> int:
-        """What a device on a CPU takes of what Ray counts: on this machine, it was told one a device."""
-        return 1 if self._cluster is None else self.cores or 1
-
     def _ask_to_load(self, index: int) -> None:
         member = self._members[index]
-        member.refs.append(member.handle.load.remote(index, self.kind, self._seconds_left(), self._manner))
+        member.refs.append(member.handle.load.remote(index, self.kind, self._seconds_left(), self._like))
 
     def _outcome(self, index: int, ref: Any) -> Event | None:
         """What has become of something that a device was asked for; None where it is asked once more."""
@@ -338,23 +324,16 @@ class Fleet:
             event: Event = ray.get(ref)
         except ray.exceptions.RayError as error:
             self.stop(index)
-            return Gone(index, textwrap.shorten(first_line(error), 120, placeholder=" ..."))
+            return Failed(index, RuntimeError(textwrap.shorten(first_line(error), 120, placeholder=" ...")))
         if isinstance(event, Ready):
-            self._manner = self._manner or event.facts.manner
-            if event.facts.manner != self._manner:
-                if self._members[index].asked_twice:
-                    self.stop(index)
-                    return Gone(index, f"it makes images as {event.facts.manner}, and others as {self._manner}")
-                self._members[index].asked_twice = True
+            self._like = self._like or event.facts
+            if manner(event.facts) != manner(self._like):
+                self._members[index].loaded += 1
+                if self._members[index].loaded > 1:
+                    return Failed(index, UsageError(f"it makes images as {manner(event.facts)}, unlike the others"))
                 self._ask_to_load(index)
                 return None
         return event
-
-
-def cores_a_device(nodes: Sequence[int], devices: int) -> int:
-    """The most cores that each of so many devices can have on nodes with so many, since none spans two; 1 at least."""
-    fitting = [cores for cores in range(1, max(nodes) + 1) if sum(node // cores for node in nodes) >= devices]
-    return max(fitting, default=1)
 
 
 def first_line(error: BaseException) -> str:

@@ -2,10 +2,9 @@
 
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +12,9 @@ from numpy.typing import NDArray
 
 from submission.checkpoint import EMBEDDED, Checkpoint, fingerprint, inspect
 from submission.crowding import Crowding
+from submission.decoder import FIDELITY
 from submission.device import choose_device
-from submission.devices import Facts
-from submission.engine import NoMemoryError
+from submission.engine import Facts, NoMemoryError
 from submission.errors import CheckpointError, UsageError
 from submission.generator import Generator, load_generator
 from submission.needs import room_for_projections
@@ -55,18 +54,21 @@ class GeneratorMaker:
 
     def facts(self) -> Facts:
         generator, cuda = self.generator, self.device.type == "cuda"
-        return Facts(
-            device=torch.cuda.get_device_name(self.device) if cuda else f"cpu ({platform.machine()})",
-            threads=torch.get_num_threads(),
-            resolution=generator.resolution,
-            unet_dtype=str(generator.sampler.dtype),
-            vae_dtype=str(generator.vae.dtype),
-            decoder=generator.decoder.rung,
-            fidelity={str(rung): decibels for rung, decibels in generator.decoder.fidelity.items()},
-            regenerated=generator.regenerated,
-            device_memory=torch.cuda.max_memory_allocated(self.device) if cuda else None,
-            memory=self.memory.peak,
-        )
+        facts = {
+            "device": torch.cuda.get_device_name(self.device) if cuda else f"cpu ({platform.machine()})",
+            "threads": torch.get_num_threads(),
+            "resolution": generator.resolution,
+            "unet_dtype": str(generator.sampler.dtype),
+            "decoder": {
+                "name": generator.decoder.rung,
+                "dtype": str(generator.vae.dtype),
+                "fidelity_db": dict(generator.decoder.fidelity),
+                "fidelity_wanted_db": FIDELITY,
+            },
+            "images_regenerated": generator.regenerated,
+            "peak_memory_bytes": self.memory.peak,
+        }
+        return facts | ({"peak_device_memory_bytes": torch.cuda.max_memory_allocated(self.device)} if cuda else {})
 
     def make(self, numbers: NDArray[np.int64], *, disturbed: bool) -> tuple[NDArray[np.uint8], float, bool, float]:
         began = time.perf_counter()
@@ -83,8 +85,8 @@ class GeneratorMaker:
         return images, seconds, grows, self.crowding.look(count=not disturbed)
 
 
-def load_maker(loading: Loading, seconds_left: float, manner: Sequence[Any] | None, log: Log) -> GeneratorMaker:
-    """Loads the generator onto this process's device, in the manner of another device where that is given.
+def load_maker(loading: Loading, seconds_left: float, like: Facts | None, log: Log) -> GeneratorMaker:
+    """Loads the generator onto this process's device, in the manner of the device whose facts these are.
 
     Raises UsageError and CheckpointError.
     """
@@ -92,7 +94,7 @@ def load_maker(loading: Loading, seconds_left: float, manner: Sequence[Any] | No
     if loading.threads:
         torch.set_num_threads(loading.threads)
     checkpoint = loading.checkpoint
-    dtype = getattr(torch, str(manner[1]).removeprefix("torch.")) if manner else choose_dtype(device)
+    dtype = getattr(torch, like["unet_dtype"].removeprefix("torch.")) if like else choose_dtype(device)
     with lack_of_memory_said(config):
         generator = load_generator(
             config.task,
@@ -103,14 +105,14 @@ def load_maker(loading: Loading, seconds_left: float, manner: Sequence[Any] | No
             seed=config.seed,
             resolution=config.resolution,
             dtype=dtype,
-            decoder=manner[3] if manner else config.decoder,
+            decoder=like["decoder"]["name"] if like else config.decoder,
             patience=DECODER_SHARE * seconds_left,
             project_prompts=room_for_projections(config, checkpoint, device, dtype, loading.sharing, log),
         )
     return GeneratorMaker(generator, device, log, WorkingMemory.watch(), Crowding())
 
 
-def load_elsewhere(loading: Loading, seconds_left: float, manner: Sequence[Any] | None, log: Log) -> GeneratorMaker:
+def load_elsewhere(loading: Loading, seconds_left: float, like: Facts | None, log: Log) -> GeneratorMaker:
     """Loads the generator in a process of another machine, as it may be: it has to see the same checkpoint.
 
     Raises UsageError and CheckpointError.
@@ -123,7 +125,7 @@ def load_elsewhere(loading: Loading, seconds_left: float, manner: Sequence[Any] 
         raise CheckpointError(f"{error}: put the checkpoint at the same path there, or on a shared disk") from error
     if label != loading.label:
         raise CheckpointError(f"{path} holds another checkpoint there: copy the one of the driver's machine")
-    return load_maker(replace(loading, checkpoint=checkpoint), seconds_left, manner, log)
+    return load_maker(replace(loading, checkpoint=checkpoint), seconds_left, like, log)
 
 
 @contextmanager

@@ -389,7 +389,7 @@ def test_a_device_that_comes_late_gets_work_only_while_it_may_come_back() -> Non
     scheduler, clock = two_devices(60, (0.1, 0.1))
     late = Device(BatchSize())
     scheduler.devices.append(late)
-    scheduler.loading = 10.0
+    late.loading = 10.0
     clock.now = 30
     assert scheduler.next_batch(late) == 1 and scheduler.pays_to_start()
     clock.now = 56

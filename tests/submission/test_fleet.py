@@ -21,7 +21,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from submission.engine.fleet import cores_a_device
 from submission.tasks import load_task
 from tests import forked, stub_device
 from tools.audit import audit
@@ -319,11 +318,3 @@ def test_sixty_four_devices_lose_no_time_to_each_other(tmp_path: Path, monkeypat
         f"Ray started in {manifest['phases_seconds']['start Ray']:.1f} s"
     )
     assert until - begin > 20 and np.mean(lost) < 0.03
-
-
-def test_a_device_has_as_many_cores_as_fit_on_the_nodes() -> None:
-    assert cores_a_device([8], 2) == 4
-    assert cores_a_device([4, 2], 2) == 2, "none spans two nodes"
-    assert cores_a_device([4, 2], 3) == 2 and cores_a_device([4, 2], 4) == 1
-    assert cores_a_device([1, 1], 5) == 1, "some wait for a node to join"
-    assert np.all([cores_a_device([3, 5, 8], n) >= 1 for n in range(1, 30)])
