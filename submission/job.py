@@ -52,8 +52,6 @@ PLAN_CHANGE, PLAN_SPACING = 0.1, 0.02
 PROGRESS_SPACING = 0.005
 # Seconds that devices are waited for at a time.
 WAIT = 0.05
-# Seconds before the guard would write the last file that the loop itself leaves what is under way.
-EARLY = 0.3
 # A device that was started anew so many times is not worth another try.
 MOST_RESTARTS = 3
 # Seconds that ending other processes may take where this one is about to go.
@@ -242,7 +240,7 @@ def generate(work: Work, guard: Guard) -> None:
         gone = all(device.dropped for device in scheduler.devices)
         if scheduler.done or (idle and (ready or gone)):
             break
-        if scheduler.rounds and scheduler.budget.elapsed >= scheduler.overdue_at() - EARLY:
+        if scheduler.rounds and scheduler.left <= scheduler.finish(scheduler.shape.extent(scheduler.rounds)):
             log.say(f"{scheduler.in_hand} images were still under way when it was time to write")
             break
         with log.phase("generate" if ready else "start devices"):
@@ -290,11 +288,11 @@ def take(work: Work, event: Event) -> None:
             made = work.queue.put(batch.numbers, event.images)
             if not event.grows:
                 device.batch.limit = device.batch.current
-            expected, disturbed = len(batch.numbers) * device.pace.mean, work.writer.busy
-            if scheduler.observe(device, event.seconds, made, work.spool.count, disturbed=disturbed):
+            # From the driver's point of view, with the way there and back.
+            seconds, expected = scheduler.budget.elapsed - batch.began, len(batch.numbers) * device.pace.mean
+            if scheduler.observe(device, seconds, made, work.spool.count, disturbed=work.writer.busy):
                 log.warn(
-                    f"a batch took {event.seconds:.1f} s where {expected:.1f} s were expected (a stopped process?): "
-                    "new plan"
+                    f"a batch took {seconds:.1f} s where {expected:.1f} s were expected (a stopped process?): new plan"
                 )
             if event.crowding is not None:
                 scheduler.cost.crowding = event.crowding
@@ -351,14 +349,12 @@ def lose(work: Work, index: int, error: Exception, *, again: bool = True) -> Non
             raise error
         work.log.warn(f"generation failed, the file is finished with {scheduler.rounds} rounds: {first_line(error)}")
         return
-    again = again and device.restarts < MOST_RESTARTS and scheduler.pays_to_start()
+    again = again and device.restarts < MOST_RESTARTS and scheduler.pays_to_start() and work.engine.restart(index)
     what = "is started anew" if again else "is left out from now on"
     given = f"; its {lost} images in hand go to others" if lost else ""
     work.log.warn(f"{said_of(device, index)} {what} ({first_line(error)}){given}")
     device.dropped = not again
-    if again:
-        device.restarts += 1
-        work.engine.restart(index)
+    device.restarts += again
 
 
 def said_of(device: Device, index: int) -> str:

@@ -31,14 +31,14 @@ class StubMaker:
         how = {"device": "stub", "threads": 1, "resolution": 32, "unet_dtype": "torch.float32", "decoder": decoder}
         return {**how, "images_regenerated": 0, "peak_memory_bytes": 0}
 
-    def make(self, numbers: NDArray[np.int64], *, disturbed: bool) -> tuple[NDArray[np.uint8], float, bool, float]:
+    def make(self, numbers: NDArray[np.int64], *, disturbed: bool) -> tuple[NDArray[np.uint8], bool, float]:
         began = time.monotonic()
         images = np.stack([picture(number) for number in numbers.tolist()])
         time.sleep(max(0.0, began + self.seconds - time.monotonic()))
         if folder := os.environ.get("STUB_TIMES"):
             with Path(folder, str(os.getpid())).open("a") as file:
                 file.write(f"{began} {time.monotonic()}\n")
-        return images, self.seconds, True, 1.0
+        return images, True, 1.0
 
 
 def load(seconds_left: float, like: Facts | None, log: Log) -> StubMaker:

@@ -32,13 +32,12 @@ class Ready:
 class Made:
     """A device comes back with the first batch that it has in hand, as uint8 [n, 3, size, size].
 
-    It took so many `seconds`; `grows`: whether its memory allows larger ones; `crowding`: how many times as long as
-    alone its process takes at present, None where that is another machine's affair.
+    `grows`: whether its memory allows larger ones; `crowding`: how many times as long as alone its process takes at
+    present, None where that is another machine's affair.
     """
 
     device: int
     images: NDArray[np.uint8]
-    seconds: float
     grows: bool
     crowding: float | None
     facts: Facts
@@ -62,13 +61,13 @@ class NoMemoryError(Exception):
 
 
 class Maker(Protocol):
-    """A device with its generator, in whatever process that is. `make` gives the images of those numbers [n], seconds,
+    """A device with its generator, in whatever process that is. `make` gives the images of those numbers [n],
     `Made.grows` and `Made.crowding`; it raises NoMemoryError, CheckpointError, and RuntimeError where the device fails.
     """
 
     def facts(self) -> Facts: ...
 
-    def make(self, numbers: NDArray[np.int64], *, disturbed: bool) -> tuple[NDArray[np.uint8], float, bool, float]: ...
+    def make(self, numbers: NDArray[np.int64], *, disturbed: bool) -> tuple[NDArray[np.uint8], bool, float]: ...
 
 
 # Loads a generator inside so many seconds of the budget, in the manner of the device with these facts or, with None, in

@@ -43,8 +43,8 @@ class Alone:
                 events.append(Failed(0, error))
         return events
 
-    def restart(self, device: int) -> None:
-        """What ends this device ends generation."""
+    def restart(self, device: int) -> bool:
+        return False
 
     def stop(self, device: int) -> None:
         """A device in this process cannot be ended before it comes back."""

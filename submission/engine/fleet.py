@@ -74,13 +74,13 @@ class Actor:
     def make(self, device: int, numbers: NDArray[np.int64], driver: str, *, disturbed: bool) -> Made | Failed:
         assert self._maker
         try:
-            images, seconds, grows, crowding = self._maker.make(numbers, disturbed=disturbed)
+            images, grows, crowding = self._maker.make(numbers, disturbed=disturbed)
         except (BankoError, NoMemoryError) as error:
             return Failed(device, error)
         except RuntimeError as error:
             return Failed(device, RuntimeError(first_line(error)))  # of a class that the driver may not know
         near = crowding if socket.gethostname() == driver else None
-        return Made(device, images, seconds, grows, near, self._maker.facts(), self._said())
+        return Made(device, images, grows, near, self._maker.facts(), self._said())
 
     def _said(self) -> Sequence[tuple[str, str]]:
         said, self._log.kept = self._log.kept, []
@@ -121,6 +121,7 @@ class Fleet:
         self._like: Facts | None = None
         self._looked_at = 0.0
         self._folder: Path | None = None
+        self._heart: list[psutil.Process] = []
         self._watch: subprocess.Popen[bytes] | None = None
         self._before = {child.pid for child in psutil.Process().children(recursive=True)}
         self._trouble: UsageError | None = None
@@ -174,9 +175,11 @@ class Fleet:
         events = [self._outcome(waiting[ref], ref) for ref in done]
         return [event for event in events if event]
 
-    def restart(self, device: int) -> None:
-        """Starts a device anew, whatever has become of it."""
-        self._members[device].wanted = True
+    def restart(self, device: int) -> bool:
+        """Starts a device anew, whatever has become of it; False where Ray itself is gone."""
+        alive = all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in self._heart)
+        self._members[device].wanted = alive
+        return alive
 
     def stop(self, device: int) -> None:
         """Ends a device; nothing of what it had in hand comes back."""
@@ -263,6 +266,7 @@ class Fleet:
                 "task_rpc_inlined_bytes_limit": DIRECT,
             },
         )
+        self._heart = [child for child in psutil.Process().children() if child.name() in ("gcs_server", "raylet")]
 
     def _join(self, address: str) -> None:
         import ray  # noqa: PLC0415

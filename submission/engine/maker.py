@@ -1,7 +1,6 @@
 """A device and the generator on it: what the job's own process and an actor of Ray both use."""
 
 import platform
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -70,8 +69,7 @@ class GeneratorMaker:
         }
         return facts | ({"peak_device_memory_bytes": torch.cuda.max_memory_allocated(self.device)} if cuda else {})
 
-    def make(self, numbers: NDArray[np.int64], *, disturbed: bool) -> tuple[NDArray[np.uint8], float, bool, float]:
-        began = time.perf_counter()
+    def make(self, numbers: NDArray[np.int64], *, disturbed: bool) -> tuple[NDArray[np.uint8], bool, float]:
         try:
             images: NDArray[np.uint8] = self.generator.images(numbers, self.log).numpy()
         except (RuntimeError, MemoryError) as error:
@@ -80,9 +78,8 @@ class GeneratorMaker:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             raise NoMemoryError from error
-        seconds = time.perf_counter() - began
         grows = self.device.type != "cpu" or self.memory.allows_more()
-        return images, seconds, grows, self.crowding.look(count=not disturbed)
+        return images, grows, self.crowding.look(count=not disturbed)
 
 
 def load_maker(loading: Loading, seconds_left: float, like: Facts | None, log: Log) -> GeneratorMaker:

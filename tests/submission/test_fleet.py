@@ -29,8 +29,9 @@ ROOT = Path(__file__).resolve().parents[2]
 TASK = load_task("cifar100")
 # A round in one go, and no copies: as many images per class as rounds.
 AT_ONCE = ("--aug-per-image", "0", "--batch-size", "100")
-# Not to be reached.
-ENDLESS = (*AT_ONCE, "--max-ipc", "100000")
+# Not to be reached, and few rounds a second: what is tested is not how fast files are written.
+BATCH = 25
+ENDLESS = ("--aug-per-image", "0", "--max-ipc", "100000", "--batch-size", str(BATCH))
 ACTOR = "ray::Actor"
 GRACE = 8.0
 
@@ -146,8 +147,7 @@ def test_a_killed_and_a_stopped_device_cost_what_they_had_in_hand(tmp_path: Path
     assert any("no answer for" in warning for warning in warnings), said(output)
     assert sorted(device["restarts"] > 0 for device in manifest["devices"]) == [False, True, True]
     made = sum(device["images"] for device in manifest["devices"])
-    in_hand = 2 * 3 * 100
-    assert 100 * manifest["rounds"] > made - in_hand, "no more than what was in hand is lost"
+    assert 100 * (manifest["rounds"] + 1) > made - 2 * 3 * BATCH, "no more than what was in hand is lost"
 
 
 def test_a_driver_told_to_stop_finishes_the_file_and_another_number_of_devices_goes_on(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_nodes_come_and_go(nodes: Nodes, tmp_path: Path) -> None:
     assert len(manifest["devices"]) == 3 and min(device["images"] for device in manifest["devices"]) > 0
     assert sum("in hand go to others" in warning for warning in manifest["warnings"]) == 1
     made = sum(device["images"] for device in manifest["devices"])
-    assert 100 * manifest["rounds"] > made - 2 * 3 * 100, "no more than what was in hand is lost"
+    assert 100 * (manifest["rounds"] + 1) > made - 2 * 3 * BATCH, "no more than what was in hand is lost"
 
 
 def test_a_checkpoint_that_no_node_sees_is_said_with_the_node(nodes: Nodes, tmp_path: Path) -> None:
