@@ -83,6 +83,7 @@ def run(config: JobConfig, budget: Budget, log: Log, guard: Guard) -> None:
             digests = Digests(checkpoint)
             engine.load(loader(config, checkpoint, engine), lambda: budget.left)
             scheduler, queue = start_scheduler(config, shape, budget, spool)
+            scheduler.afterwards += engine.seconds_to_close
             work = Work(config, checkpoint, digests, engine, spool, queue, scheduler, log)
             guard.duties = duties(work, guard)
             if guard.stop.is_set():

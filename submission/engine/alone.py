@@ -16,6 +16,7 @@ class Alone:
 
     count = depth = sharing = 1
     cores = None
+    seconds_to_close = 0.0
 
     def __init__(self, kind: str, log: Log) -> None:
         self.kind = kind

@@ -102,10 +102,11 @@ class Fleet:
     """An engine of as many devices as were asked for, or as a cluster has GPUs; then `count` grows with it.
 
     `kind` is what they are, `cpu` or `cuda`, `depth` how many batches each should have in hand. Of those on a machine,
-    `sharing` share its memory, and each has so many of its `cores`; None: all.
+    `sharing` share its memory, and each has so many of its `cores`; None: all. To end them takes `seconds_to_close`.
     """
 
     depth = 2
+    seconds_to_close = 0.5
 
     def __init__(self, kind: str, count: int | None, cluster: str | None, log: Log) -> None:
         """Starts Ray on this machine, for `count` devices of a `kind`, and does not wait for it; or joins a `cluster`
@@ -201,8 +202,8 @@ class Fleet:
             for child in left:
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
-            if time.monotonic() > until:
-                break
+            if time.monotonic() >= until:
+                return
             time.sleep(0.01)
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
