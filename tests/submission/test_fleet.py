@@ -238,7 +238,7 @@ def on_cluster(nodes: Nodes, devices: int) -> tuple[str, ...]:
 
 def test_nodes_come_and_go(nodes: Nodes, tmp_path: Path) -> None:
     """Of three devices two find a place, and the third when a node joins. Then one leaves."""
-    output, began, budget = tmp_path / "out", time.time(), 45
+    output, began, budget = tmp_path / "out", time.time(), 35
     options = (*ENDLESS, *on_cluster(nodes, 3), "--budget", f"{budget}s", "--started-at", str(began))
     process = start(output, *options, rounds=4)
     assert said(output).count("is ready") == 2, said(output)
