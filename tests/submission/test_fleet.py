@@ -160,9 +160,11 @@ def test_a_driver_told_to_stop_finishes_the_file_and_another_number_of_devices_g
     assert not alive(seen), "nothing of Ray is left"
     rounds = check(output)["rounds"]
     options = (*AT_ONCE, "--max-ipc", str(rounds + 20), "--resume", "--devices", "cpu:3")
-    assert end(forked.start(output, *options, fault="stubs")) == 0, said(output)
+    assert end(forked.start(output, *options, fault="stubs", environment={"STUB_MOST": "50"})) == 0, said(output)
     manifest = check(output)
     assert manifest["rounds"] == rounds + 20 and manifest["resumed_rounds"] >= rounds
+    assert set(manifest["warnings"]) == {"out of memory: batches of 50 from now on"}
+    assert min(device["images"] for device in manifest["devices"]) > 0, "all of them, in one manner"
 
 
 def test_a_killed_driver_leaves_its_file_and_nothing_of_ray(tmp_path: Path) -> None:
