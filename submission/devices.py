@@ -105,6 +105,7 @@ class Device:
             if not disturbed and images == self.batch.current:
                 self.batch.observe(seconds, left)
             self.pace = Pace(mean=self.fastest, batches=1)
-        elif images == self.batch.current:  # a smaller one would look slow: every batch has a fixed cost
+        elif images == self.batch.current or not self.pace.batches:
+            # A smaller one would look slow: every batch has a fixed cost. It has to do for a beginning.
             self.pace.observe(images, seconds)
         return outage
