@@ -163,8 +163,8 @@ def test_a_driver_told_to_stop_finishes_the_file_and_another_number_of_devices_g
     assert end(forked.start(output, *options, fault="stubs", environment={"STUB_MOST": "50"})) == 0, said(output)
     manifest = check(output)
     assert manifest["rounds"] == rounds + 20 and manifest["resumed_rounds"] >= rounds
-    told = {warning for warning in manifest["warnings"] if "devices share" not in warning}
-    assert told == {"out of memory: batches of 50 from now on"}
+    warned = {warning for warning in manifest["warnings"] if "devices share" not in warning}
+    assert warned == {"out of memory: batches of 50 from now on"}
     assert min(device["images"] for device in manifest["devices"]) > 0, "all of them, in one manner"
 
 
