@@ -228,7 +228,9 @@ class Fleet:
             else:
                 self._join(self._cluster)
         except ImportError:
-            self._trouble = UsageError(f"{wish}: Ray is missing; pip install -r requirements-ray.txt brings it")
+            self._trouble = UsageError(
+                f"{wish}: Ray is missing; pip install -r requirements-ray.txt brings it, one device needs none"
+            )
         except UsageError as error:
             self._trouble = error
         except Exception as error:  # noqa: BLE001  of many classes, some of them Ray's own
