@@ -244,7 +244,7 @@ def generate(work: Work, guard: Guard) -> None:
         if scheduler.rounds and scheduler.left <= scheduler.finish(scheduler.shape.extent(scheduler.rounds)):
             log.say(f"{scheduler.in_hand} images were still under way when it was time to write")
             break
-        with log.phase("generate" if ready else "start devices"):
+        with log.phase("generate" if ready or engine.depth == 1 else "start devices"):
             events = engine.events(WAIT)
         for event in events:
             take(work, event)

@@ -130,7 +130,7 @@ class Fleet:
         self._began = log.budget.elapsed
         if cluster is None:
             self._members = [_Member() for _ in range(self.sharing)]
-            cores = len(psutil.Process().cpu_affinity())
+            cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
             self.cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, cores // self.sharing)
             if kind == "cpu" and self.sharing > cores:
                 log.warn(f"{count} devices share {cores} cores")
@@ -331,7 +331,8 @@ class Fleet:
             event: Event = ray.get(ref)
         except ray.exceptions.RayError as error:
             self.stop(index)
-            return Failed(index, RuntimeError(textwrap.shorten(first_line(error), 120, placeholder=" ...")))
+            cause = getattr(error, "cause", None) or error  # what an actor did not catch
+            return Failed(index, RuntimeError(textwrap.shorten(first_line(cause), 120, placeholder=" ...")))
         if isinstance(event, Ready):
             self._like = self._like or event.facts
             if manner(event.facts) != manner(self._like):
