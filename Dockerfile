@@ -13,10 +13,10 @@ ARG PIP_NO_INDEX
 # The requirement to install in place of the torch in requirements.txt.
 ARG TORCH
 # Dependencies before code: a change of the code rebuilds only the last layers.
-COPY requirements.txt /app/
+COPY requirements.txt requirements-ray.txt /app/
 RUN sed -i "s|^torch==.*|${TORCH:-&}|" /app/requirements.txt \
     && python3 -m venv /opt/banko \
-    && /opt/banko/bin/pip install --no-cache-dir -r /app/requirements.txt
+    && /opt/banko/bin/pip install --no-cache-dir -r /app/requirements.txt -r /app/requirements-ray.txt
 RUN useradd --uid 10001 --create-home banko && install -d -o banko -g banko /outputs
 ENV PATH=/opt/banko/bin:$PATH \
     BANKO_PYTHON=python3 \

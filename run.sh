@@ -24,6 +24,28 @@ install() {
     touch "$stamp"
 }
 
+# Whether these options ask for several devices, which is what Ray is for.
+several_devices() {
+    local wanted=auto gpus
+    while (($#)); do
+        case $1 in
+        --cluster | --cluster=*) return 0 ;;
+        --devices=*) wanted=${1#*=} ;;
+        --devices) wanted=${2:-auto} ;;
+        --device=cpu) wanted=1 ;;
+        --device) [[ ${2:-} == cpu && $wanted == auto ]] && wanted=1 ;;
+        esac
+        shift
+    done
+    if [[ $wanted == auto ]]; then
+        gpus=(/dev/nvidia[0-9]*)
+        # Where there are several, this process may yet be meant to see one of them.
+        [[ -e ${gpus[0]} && ${#gpus[@]} -gt 1 && ${CUDA_VISIBLE_DEVICES-0,1} == *,* ]]
+    else
+        [[ ${wanted#cpu:} != 1 ]]
+    fi
+}
+
 # BANKO_PYTHON is an interpreter where everything is installed already, as in the image.
 python=${BANKO_PYTHON:-}
 if [[ -z $python ]]; then
@@ -46,6 +68,8 @@ if [[ -z $python ]]; then
     install requirements.txt
     if [[ ${1:-} == test || ${1:-} =~ $tools ]]; then
         install requirements-dev.txt
+    elif several_devices "$@"; then
+        install requirements-ray.txt
     fi
 fi
 

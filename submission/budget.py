@@ -8,12 +8,12 @@ import math
 import re
 import time
 from bisect import bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from submission.batch_size import BatchSize
+from submission.devices import Device
 from submission.errors import BudgetError, UsageError
-from submission.estimates import Extent, FileCost, Pace
+from submission.estimates import Extent, FileCost
 
 # Seconds and share of the budget kept back for what comes after the last file: manifest, exit, surprises.
 CLOSING_SECONDS, CLOSING_SHARE = 0.5, 0.003
@@ -40,10 +40,10 @@ WATCH_TRUST, WATCH_GAIN = 0.15, 1.1
 BATCHES_BEFORE_GIVING_UP = 3
 # Times as fast as the fastest batch so far that larger ones may yet be, while their size is still sought.
 BATCH_HOPE = 4.0
-# A batch that takes this many times as long as expected, and this many seconds longer, is an outage and no pace.
-STALL_FACTOR, STALL_SECONDS = 5.0, 1.0
-# Other ranks are waited for while the last file could take so many times as long as it cautiously should.
-WAIT_FACTOR = 2.0
+# Seconds kept for the first batch of a device that comes late, to others whose pace is known.
+FIRST_BATCH = 5.0
+# A device is started anew where so many times what that takes is left for generating.
+START_GAIN = 2.0
 # Seconds that the last file is begun earlier than usual where the batch before it does not come back.
 STALL_RESERVE = 1.0
 
@@ -75,10 +75,6 @@ class Budget:
     @property
     def left(self) -> float:
         return self.seconds - self.elapsed
-
-    def began(self, epoch: float) -> None:
-        """The job had begun at `epoch` (Unix seconds), if that is earlier: another process of it says so."""
-        self.start = min(self.start, self.clock() - (time.time() - epoch))
 
     @property
     def last(self) -> float:
@@ -127,34 +123,31 @@ class Plan:
 def make_plan(
     left: float,
     images_done: int,
-    batch_size: int,
-    pace: Pace,
+    generate: Callable[[int], float],
     finish: Callable[[Extent], float],
     shape: Shape,
-    ranks: int = 1,
 ) -> Plan:
-    """The largest plan that fits into `left` seconds, given `images_done` so far, counted across rounds, with so many
-    ranks at the same pace.
+    """The largest plan that fits into `left` seconds, given `images_done` so far, counted across rounds.
 
-    `finish` says how many seconds to keep for a file. The plan's `rounds` never lie below the whole rounds already
-    done; equal to them means: stop generating, finish now.
+    `generate` says how many seconds so many images take, and `finish` how many to keep for a file. The plan's `rounds`
+    never lie below the whole rounds already done; equal to them means: stop generating, finish now.
     """
 
-    def generate(rounds: int) -> float:
-        return pace.bound(max(0, rounds * shape.classes - images_done) / ranks, batch_size)
+    def generating(rounds: int) -> float:
+        return generate(max(0, rounds * shape.classes - images_done))
 
     def total(rounds: int) -> float:
-        return generate(rounds) + finish(shape.extent(rounds))
+        return generating(rounds) + finish(shape.extent(rounds))
 
     done = images_done // shape.classes
     beyond = range(done + 1, max(shape.cap, done) + 1)
     rounds = done + bisect_right(beyond, left, key=total)
-    return Plan(rounds, shape.ipc(rounds), generate(rounds), finish(shape.extent(rounds)))
+    return Plan(rounds, shape.ipc(rounds), generating(rounds), finish(shape.extent(rounds)))
 
 
 @dataclass
 class Scheduler:
-    """Measures and decides: the size of the next batch, when a snapshot is due, when to stop, what to write last.
+    """Measures and decides: what a device gets next, when a snapshot is due, when to stop, what to write last.
 
     It goes on while the fastest pace seen, or to be hoped of larger batches, could still complete a round (trying costs
     nothing) and the cautious pace leaves time to write what is there. `in_place` is what the file on disk holds,
@@ -163,38 +156,46 @@ class Scheduler:
     `afterwards` are the seconds kept for what is made of the last file when it is in place, and given up for the file
     where need be.
 
-    `images` and the pace are this rank's, which makes `share` rounds at most; `elsewhere` are the rounds of the others
-    and of a run before, and `ranks` are at work, this one among them, and taken to be as fast.
+    `rounds` are those that a file may hold now, the first ones without a gap; `before` those of a run before, wherever
+    they stand; `images` those that the `devices` have made in this run.
     """
 
     budget: Budget
     shape: Shape
     cost: FileCost
-    batch: BatchSize
-    pace: Pace = field(default_factory=Pace)
-    fastest: float = math.inf
+    devices: list[Device]
+    before: int = 0
+    rounds: int = 0
     images: int = 0
-    share: float = math.inf
-    elsewhere: int = 0
-    ranks: int = 1
-    batches: int = 0
     in_place: Extent | None = None
     spent: float = 0.0
-    stalled: bool = False
-    batch_began: float = 0.0
-    batch_expected: float = 0.0
     hurried_end: float = math.inf
     afterwards: float = 0.0
 
     @property
-    def rounds(self) -> int:
-        """Whole rounds done, by all."""
-        return self.elsewhere + self.images // self.shape.classes
+    def total_images(self) -> int:
+        """Images done, in this run and in whole rounds of one before."""
+        return self.before * self.shape.classes + self.images
 
     @property
-    def total_images(self) -> int:
-        """Images done, by all: of others, those in whole rounds."""
-        return self.elsewhere * self.shape.classes + self.images
+    def paced(self) -> Sequence[Device]:
+        """The devices at work whose pace is known."""
+        return [device for device in self.devices if device.ready and device.batches]
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all devices together."""
+        return sum(1 / device.pace.mean for device in self.paced)
+
+    @property
+    def batch_size(self) -> int:
+        """The largest that a device works with."""
+        return max((device.batch.current for device in self.devices), default=1)
+
+    @property
+    def done(self) -> bool:
+        """Whether there are as many images as there may be."""
+        return self.total_images >= self.shape.cap * self.shape.classes
 
     @property
     def left(self) -> float:
@@ -221,54 +222,53 @@ class Scheduler:
         """Cautious seconds from the last image of such a file to the deadline."""
         return self.cost.bound(extent) + self.closing
 
-    def next_batch(self) -> int:
-        """How many images to generate next, 0 where it is time to write. Raises BudgetError if no round can be done."""
-        size = self._next_batch()
-        self.batch_began, self.batch_expected = self.budget.elapsed, self.pace.bound(size, self.batch.current)
-        return size
-
-    def _next_batch(self) -> int:
-        classes = self.shape.classes
-        wanted = min(self.share * classes - self.images, self.shape.cap * classes - self.total_images)
-        full = int(min(self.batch.current, max(wanted, 0)))
-        if self.rounds == 0 and self.batches < BATCHES_BEFORE_GIVING_UP:
+    def next_batch(self, device: Device) -> int:
+        """How many images to give to a device next, behind what it has in hand: 0 where that could not come back in
+        time, or there are none."""
+        classes, now = self.shape.classes, self.budget.elapsed
+        asked = self.total_images + self.in_hand
+        full = min(device.batch.current, max(self.shape.cap * classes - asked, 0))
+        if self.rounds == 0 and device.batches < BATCHES_BEFORE_GIVING_UP:
             return full
-        if not self.batches:  # the rounds are others': there is no pace yet
-            return full if self.finish(self.shape.extent(self.rounds)) <= self.left else 0
-        missing = classes - self.images % classes
-        fastest = self.fastest if self.batch.settled else self.fastest / BATCH_HOPE
-        hopeful = fastest * missing + self.finish(self.shape.extent(self.rounds + self.ranks))
-        for size in (full, min(full, missing)):
-            own, others = (self.images + size) // classes, (self.ranks - 1) * math.ceil(size / classes)
-            after = self.shape.extent(self.elsewhere + own + others)
-            cautious = self.pace.bound(size, self.batch.current) + self.finish(after)
+        if not device.batches:  # it comes late, or the rounds are of a run before
+            kept = FIRST_BATCH if self.paced else 0.0
+            return full if kept + self.finish(self.shape.extent(self.rounds)) <= self.left else 0
+        missing = classes - asked % classes
+        fastest = sum(1 / (one.fastest / (1 if one.batch.settled else BATCH_HOPE)) for one in self.paced)
+        hopeful = missing / fastest + self.finish(self.shape.extent((asked + missing) // classes))
+        others = max(one.wait(now) for one in self.devices)
+        # A whole round that one device does not manage, several may.
+        for size in (full, min(full, missing), min(full, math.ceil(missing / len(self.paced)))):
+            own = device.wait(now) + device.pace.bound(size, device.batch.current)
+            cautious = max(own, others) + self.finish(self.shape.extent((asked + size) // classes))
             if max(hopeful, cautious) <= self.left:
                 return size
-        if self.rounds == 0:
-            raise self.too_small()
         return 0
 
-    def observe(self, images: int, seconds: float, *, disturbed: bool = False) -> bool:
-        """Takes a batch that is done: how many images, and how long they took. True where it was an outage.
+    @property
+    def in_hand(self) -> int:
+        """Images that devices are expected to come back with."""
+        return sum(len(batch.numbers) for device in self.devices for batch in device.in_hand if not batch.handed_on)
 
-        One outage says nothing of the pace; two in a row are a new pace. A batch `disturbed` by a snapshot in the
-        making says nothing of its size.
-        """
-        self.images += images
-        self.batches += 1
-        self.fastest = min(self.fastest, seconds / images)
-        expected = images * self.pace.mean
-        outage = self.pace.batches > 0 and seconds > max(STALL_FACTOR * expected, expected + STALL_SECONDS)
-        self.stalled, repeated = outage, self.stalled
-        if outage and not repeated:
-            return True
-        if not self.batch.settled:
-            if not disturbed:
-                self.batch.observe(seconds, self.left)
-            self.pace = Pace(mean=self.fastest, batches=1)
-        elif images == self.batch.current:  # a smaller one would look slow: every batch has a fixed cost
-            self.pace.observe(images, seconds)
-        return outage
+    def observe(self, device: Device, seconds: float, made: int, rounds: int, *, disturbed: bool = False) -> bool:
+        """Takes what a device has come back with after so many seconds of its own: `made` images that were still
+        missing, after which `rounds` may be written. True where the batch was an outage (`Device.observe`)."""
+        batch = device.took(self.budget.elapsed)
+        device.images += made
+        self.images += made
+        self.rounds = rounds
+        return device.observe(
+            len(batch.numbers),
+            seconds,
+            self.left,
+            disturbed=disturbed or batch.disturbed,
+            compiled=batch.compiles,
+        )
+
+    def pays_to_start(self) -> bool:
+        """Whether a device that is started now would be ready early enough to be worth it."""
+        loading = max(device.loading for device in self.devices)
+        return self.left - self.finish(self.shape.extent(self.rounds)) > START_GAIN * loading
 
     def snapshot(self) -> Extent | None:
         """What to write now beside generation, if anything: the first round at once, then larger files as they pay."""
@@ -325,20 +325,15 @@ class Scheduler:
         self.cost.rescale(slower)
         return True
 
-    def can_wait(self) -> bool:
-        """Whether there is time to wait for other ranks before the file is begun, and not to the last moment: they make
-        it slower while they are at work."""
-        return WAIT_FACTOR * self.cost.bound(self.shape.extent(self.rounds)) + self.closing < self.left
-
     def overdue(self) -> bool:
         """Whether the last file, of the rounds there are, should be begun without waiting for the batch any longer."""
         return self.rounds > 0 and self.budget.elapsed >= self.overdue_at()
 
     def overdue_at(self) -> float:
-        """When that is, in seconds of the budget: somewhat earlier for a batch that takes far too long."""
+        """When that is, in seconds of the budget: somewhat earlier where all that is under way is late."""
         extent, end = self.shape.extent(self.rounds), self.budget.elapsed + self.left - self.closing
         mean, bound = self.cost.mean(extent), self.cost.bound(extent)
-        stalled = self.batch_began + max(STALL_FACTOR * self.batch_expected, self.batch_expected + STALL_SECONDS)
+        stalled = max((device.in_hand[0].late_at for device in self.devices if device.in_hand), default=0.0)
         return min(end - (mean + bound) / 2, max(stalled, end - bound - STALL_RESERVE))
 
     def late(self) -> bool:
@@ -347,20 +342,23 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """The rounds to expect from here on."""
-        return make_plan(
-            self.left, self.total_images, self.batch.current, self.pace, self.finish, self.shape, self.ranks
-        )
+        return make_plan(self.left, self.total_images, self.generate, self.finish, self.shape)
+
+    def generate(self, images: float) -> float:
+        """Cautious seconds for so many images, to which each device contributes as it is fast."""
+        shares = [(device, images / device.pace.mean / self.images_per_second) for device in self.paced]
+        return max((device.pace.bound(share, device.batch.current) for device, share in shares), default=0.0)
 
     def too_small(self) -> BudgetError:
         """Says that the budget cannot hold one round, and what would."""
-        if not self.batches:
+        if not self.paced:
             return BudgetError(
                 f"a budget of {self.budget.seconds:g} s cannot hold one round: it is over before the first of "
-                f"{math.ceil(self.shape.classes / self.batch.current)} batches is done; try --budget "
+                f"{math.ceil(self.shape.classes / self.batch_size)} batches is done; try --budget "
                 f"{math.ceil(2 * self.budget.seconds)}s or --batch-size 1"
             )
-        start = max(0.0, self.budget.elapsed - self.images * self.pace.mean)
-        generate = self.pace.mean * self.shape.classes
+        start = max(0.0, self.budget.elapsed - self.images / self.images_per_second)
+        generate = self.shape.classes / self.images_per_second
         finish = self.finish(self.shape.extent(1))
         needed = start + generate + finish
         return BudgetError(

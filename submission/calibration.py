@@ -59,13 +59,20 @@ def worth(rounds: float, cap: int, decibels: float) -> float:
 
 
 def choose_decoder(
-    generator: Generator, wanted: Rung | Literal["auto"], tiny: Any | None, *, left: float, cap: int, log: Log
+    generator: Generator,
+    wanted: Rung | Literal["auto"],
+    tiny: Any | None,
+    *,
+    fitted_to: int | None = None,
+    left: float,
+    cap: int,
+    log: Log,
 ) -> Decoder:
     """The rung that is wanted or, with `auto`, the one that is worth most in `left` seconds for at most `cap` rounds.
 
     `tiny` is the AutoencoderTiny that lies beside the checkpoint, if one does. The generator decodes by its VAE as yet.
-    The same latents give the same network; how many there are, and which rung is worth most, depends on the time.
-    Raises UsageError where the wanted rung cannot be had.
+    Which rung is worth most, and how many images it is fitted to, depends on the time; `fitted_to` has it as it was
+    elsewhere. The same images give the same network. Raises UsageError where the wanted rung cannot be had.
     """
     full, classes = generator.decoder, len(generator.task.classes)
     if wanted == "vae":
@@ -82,7 +89,8 @@ def choose_decoder(
     if wanted == "auto" and left >= each * classes * cap:
         log.say(f"decoder: vae (there is time for all {cap} images per class by it)")
         return full
-    fitted, held_out = next((n for n in SAMPLES if sum(n) * each <= SAMPLING_SHARE * left), SAMPLES[-1])
+    fitting = (n for n in SAMPLES if (n[0] == fitted_to if fitted_to else sum(n) * each <= SAMPLING_SHARE * left))
+    fitted, held_out = next(fitting, SAMPLES[-1])
     takes = (fitted + held_out) * each
     if wanted == "auto" and not pays_back(takes, each / sampling, left):
         log.warn(f"no time to look for a faster decoder than the VAE: it would take about {takes:.0f} s")
@@ -106,7 +114,7 @@ def choose_decoder(
             best, most = rung, value
     told = ", ".join(f"{name} {decibels:.1f} dB" for name, decibels in fidelity.items())
     log.say(f"decoder: {best.rung} (fidelity to the VAE, fitted to {fitted} images: {told})")
-    return replace(best, fidelity=fidelity)
+    return replace(best, fidelity=fidelity, fitted_to=fitted if best.rung in ("linear", "distilled") else 0)
 
 
 def draw(generator: Generator, log: Log) -> Iterator[Sample]:

@@ -13,8 +13,7 @@ from typing import NoReturn
 from submission.budget import Budget, parse_seconds, start_budget
 from submission.errors import BankoError, UsageError
 from submission.guard import Guard
-from submission.launch import launch
-from submission.ranks import find_place
+from submission.launchers import place
 from submission.tasks import Task, builtin_names, load_task
 
 EXAMPLES = """examples:
@@ -129,17 +128,30 @@ def build_parser() -> Parser:
         help="images made at a time, or auto: what measures best (default: auto)",
     )
     parser.add_argument(
+        "--compile",
+        choices=("auto", "never"),
+        default="auto",
+        help="compile the model while it is at work: auto does on a GPU where that pays back (default: auto)",
+    )
+    parser.add_argument(
         "--dtype",
         choices=("float32", "float16"),
         default="float32",
         help="of the numbers in the file (default: float32)",
     )
     parser.add_argument(
-        "--processes",
-        type=number_from(1),
-        default=1,
+        "--devices",
+        type=devices,
+        default="auto",
         metavar="N",
-        help="so many processes that share out the rounds, a GPU each where there are any (default: 1)",
+        help="auto: every GPU, or the CPU; N: so many GPUs, or parts of the CPU; cpu:N: parts of the CPU. Several work "
+        "through Ray (default: auto)",
+    )
+    parser.add_argument(
+        "--cluster",
+        type=cluster,
+        metavar="ADDRESS",
+        help="join the Ray cluster at HOST:PORT, or auto: the one on this machine, and use all its GPUs, or --devices",
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any (default: auto)"
@@ -158,7 +170,7 @@ def main(arguments: Sequence[str] | None = None, process_start: float | None = N
     """Runs the command line and returns the exit code. `process_start` is in Unix seconds."""
     options = build_parser().parse_args(arguments)
     try:
-        return _run(options, sys.argv[1:] if arguments is None else arguments, process_start or time.time())
+        return _run(options, process_start or time.time())
     except BankoError as error:
         if options.debug:
             raise
@@ -166,24 +178,29 @@ def main(arguments: Sequence[str] | None = None, process_start: float | None = N
         return error.exit_code
 
 
-def _run(options: argparse.Namespace, arguments: Sequence[str], process_start: float) -> int:
+def _run(options: argparse.Namespace, process_start: float) -> int:
     task = load_task(options.task)
     seconds = parse_seconds(options.budget)
-    if options.processes > 1:
-        started = min(process_start, options.started_at or process_start)
-        return launch(options.processes, arguments, started)
+    kind, _ = options.devices
+    if kind == "cpu" and options.device == "cuda":
+        raise UsageError("--devices cpu:N and --device cuda contradict each other: leave one of them out")
+    rank, processes = (0, 1) if options.cluster else place()
+    if rank:
+        print(f"process {rank} of {processes} leaves: the first one drives all devices of this machine")
+        return 0
     budget = start_budget(seconds, process_start, options.started_at)
     with Guard(budget) as guard:
-        _run_job(options, task, budget, guard)
+        _run_job(options, task, budget, guard, processes)
     return 0
 
 
-def _run_job(options: argparse.Namespace, task: Task, budget: Budget, guard: Guard) -> None:
+def _run_job(options: argparse.Namespace, task: Task, budget: Budget, guard: Guard, processes: int) -> None:
     # These take seconds to import, and wrong usage should be said at once.
     from submission.job import run  # noqa: PLC0415
     from submission.progress import Log, default_style  # noqa: PLC0415
     from submission.work import JobConfig  # noqa: PLC0415
 
+    kind, count = options.devices
     config = JobConfig(
         task=task,
         output=options.output,
@@ -197,14 +214,17 @@ def _run_job(options: argparse.Namespace, task: Task, budget: Budget, guard: Gua
         seed=options.seed,
         batch_size=options.batch_size,
         dtype=options.dtype,
-        device=options.device,
+        device=kind or options.device,
+        devices=count,
+        cluster=options.cluster,
         resume=options.resume,
+        compiles=options.compile == "auto",
     )
-    place = find_place()
-    speaker = f"rank {place.rank}: " if place.ranks > 1 else ""
-    log = Log(options.log or default_style(), budget, speaker, quiet=place.rank > 0)
+    log = Log(options.log or default_style(), budget)
+    if processes > 1:
+        log.say(f"started as {processes} processes: this one drives all devices of this machine, the others leave")
     try:
-        run(config, place, budget, log, guard)
+        run(config, budget, log, guard)
     finally:
         log.close()
 
@@ -224,6 +244,23 @@ def number_from(low: int) -> Callable[[str], int]:
 def batch_size(text: str) -> int | None:
     """An argparse type: `auto` is None."""
     return None if text == "auto" else number_from(1)(text)
+
+
+def devices(text: str) -> tuple[str | None, int | None]:
+    """An argparse type: `auto`, a number, or `cpu:` and a number, as kind and number; None is whatever there is."""
+    if text == "auto":
+        return None, None
+    kind, separator, count = text.rpartition(":")
+    if kind != ("cpu" if separator else ""):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, a number such as 8, and cpu:2")
+    return kind or None, number_from(1)(count)
+
+
+def cluster(text: str) -> str:
+    """An argparse type: the address of a Ray cluster."""
+    if text != "auto" and not re.fullmatch(r"[^:/\s]+:[0-9]{1,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor HOST:PORT, such as 10.0.0.1:6379")
+    return text
 
 
 def epoch(text: str) -> float:

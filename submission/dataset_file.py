@@ -177,8 +177,7 @@ def _chunk(rounds: NDArray[np.uint8] | Rounds, recipe: Recipe, positions: NDArra
     images = torch.from_numpy(rounds[sources, labels])
     pixels = images.float() / 255
     copied = copies > 0
-    numbers = rounds.numbers[sources] if isinstance(rounds, Rounds) else sources
-    identities = np.stack([labels, numbers, copies], axis=1)[copied]
+    identities = np.stack([labels, sources, copies], axis=1)[copied]
     pixels[copied] = augment(images[copied], identities, recipe.seed, recipe.pda)
     return ((pixels - mean) / std).to(recipe.dtype)
 

@@ -75,15 +75,15 @@ class Student(nn.Module):
 class Decoder:
     """A rung of the ladder for images of `size` pixels. `fidelity` has the dB of every rung that was measured.
 
-    `canvas` takes latents [N, 4, h, w], float32, to float32 [N, 3, size, size], black -1 and white 1. `student` is the
-    network that was fitted for it, if any: what a run has to keep so that its images stay what they are.
+    `canvas` takes latents [N, 4, h, w], float32, to float32 [N, 3, size, size], black -1 and white 1. `fitted_to` says
+    to how many images it was fitted, which decides its pixels; 0 where it was not.
     """
 
     rung: Rung
     size: int
     canvas: Callable[[Tensor], Tensor]
     fidelity: Mapping[Rung, float]
-    student: Student | None = None
+    fitted_to: int = 0
 
 
 def choose_vae_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
@@ -117,7 +117,7 @@ def tiny_decoder(tiny: Any, size: int) -> Decoder:
 def student_decoder(rung: Rung, student: Student) -> Decoder:
     """A fitted network, which is not trained any further."""
     student.requires_grad_(False)
-    return Decoder(rung, student.size, student, {}, student)
+    return Decoder(rung, student.size, student, {})
 
 
 def pixels_a_pass(device: torch.device) -> int:

@@ -14,6 +14,7 @@ from submission.estimates import Extent
 from submission.manifest import machine, write_json, write_whole
 from submission.output_folder import release
 from submission.work import Work
+from submission.working_memory import peak_memory
 
 # What the report took on two busy CPU cores that had yet to read its libraries from the disk: with less time left it is
 # not begun, and so much is kept for it where that is no more than this share of the budget.
@@ -37,15 +38,10 @@ def start_snapshot(work: Work, extent: Extent) -> None:
 
 @contextmanager
 def placing(work: Work, extent: Extent) -> Iterator[None]:
-    """While the file of `extent` is put in place: nobody writes a manifest until it is known to be there.
-
-    Raises AbandonedError where another rank has taken the job over.
-    """
+    """While the file of `extent` is put in place: nobody writes a manifest until it is known to be there."""
     with work.placing:
-        work.crew.check()
         yield
         work.scheduler.in_place = extent
-    work.crew.report()
 
 
 def collect_snapshot(work: Work) -> None:
@@ -53,8 +49,6 @@ def collect_snapshot(work: Work) -> None:
     try:
         done = work.writer.collect()
     except OutputError:
-        if work.crew.replaced():
-            return
         if work.config.output.is_dir():
             raise
         check_folder(work)
@@ -69,27 +63,18 @@ def finish(work: Work, *, stopped: bool) -> None:
 
     Then the spool is of no more use, unless the job was `stopped` and may be resumed.
 
-    Raises BudgetError where there is no time for any file, OutputError, and AbandonedError where another rank has taken
-    the job over.
+    Raises BudgetError where there is no time for any file, and OutputError.
     """
     config, scheduler, spool, log = work.config, work.scheduler, work.spool, work.log
     work.writer.abandon()
     collect_snapshot(work)
     check_folder(work)
-    work.crew.look()
     with log.phase("write and verify"):
         while (extent := scheduler.last_file()) is not None and not scheduler.late():
-            work.crew.check()
             write_last(work, extent)
     if scheduler.in_place is None:
         raise scheduler.too_small()
     extent = scheduler.in_place
-    for rank, report in sorted(work.crew.reports.copy().items()):
-        there = f"{spool.by_rank().get(rank, 0)} rounds of it were there"
-        if rank in work.crew.silent():
-            log.warn(f"rank {rank} was gone by the end: {there}")
-        elif not report.get("done"):
-            log.say(f"rank {rank} was still at work at the end: {there}")
     ready = scheduler.shape.ipc(spool.count)
     if extent.ipc < ready:
         log.warn(f"there was no time to write more than IPC {extent.ipc} of the {ready} that were ready")
@@ -106,7 +91,6 @@ def finish(work: Work, *, stopped: bool) -> None:
         f"generated, {copies}), {scheduler.budget.left:.1f} s before the deadline"
     )
     work.finished = True
-    work.crew.finish()
     if stopped and spool.count < scheduler.shape.cap:
         log.say(f"its {spool.count} rounds are kept in {spool.folder}: --resume goes on from them")
     else:
@@ -145,7 +129,6 @@ def write_last(work: Work, extent: Extent) -> None:
     began = scheduler.budget.elapsed
 
     def check(fraction: float) -> None:
-        work.crew.check()
         if scheduler.too_slow(extent, began, fraction):
             raise AbandonedError
 
@@ -153,7 +136,6 @@ def write_last(work: Work, extent: Extent) -> None:
     try:
         write_dataset(work.config.dataset, rounds, work.config.recipe(extent), check, placing=placing(work, extent))
     except AbandonedError:
-        work.crew.check()
         work.log.warn(f"writing IPC {extent.ipc} would end after the deadline: given up")
 
 
@@ -175,11 +157,9 @@ def check_folder(work: Work) -> None:
 def draw_sheet(work: Work) -> None:
     """The contact sheet, of the first round, once."""
     if not work.sheet_drawn:
-        classes, check = work.config.task.classes[:MOST_CLASSES], work.crew.check
+        classes = work.config.task.classes[:MOST_CLASSES]
         images = work.spool.read()[np.zeros(len(classes), np.int64), np.arange(len(classes))]
-        write_whole(
-            work.config.dataset.with_suffix(".png"), draw_contact_sheet(images, [c.name for c in classes]), check
-        )
+        write_whole(work.config.dataset.with_suffix(".png"), draw_contact_sheet(images, [c.name for c in classes]))
         work.sheet_drawn = True
 
 
@@ -190,14 +170,13 @@ def write_manifest(work: Work) -> None:
     """
     with work.placing:
         if (extent := work.scheduler.in_place) is not None:
-            write_json(work.config.dataset.with_suffix(".json"), manifest(work, extent), work.crew.check)
+            write_json(work.config.dataset.with_suffix(".json"), manifest(work, extent))
 
 
 def manifest(work: Work, extent: Extent) -> dict[str, object]:
-    config, generator, scheduler, log = work.config, work.generator, work.scheduler, work.log
-    spool, crew = work.spool, work.crew
-    resumed, by_rank = len(spool.before), spool.by_rank(extent.rounds)
-    numbers = spool.read().first(extent.rounds).numbers
+    config, scheduler, log = work.config, work.scheduler, work.log
+    told = [device.facts for device in scheduler.devices if device.facts]
+    peaks = [peak_memory(), *(facts["peak_memory_bytes"] for facts in told)]
     generating = max(log.timings.get("generate", 0.0), 1e-9)
     digests = work.digests.wait(0)
     return {
@@ -217,33 +196,28 @@ def manifest(work: Work, extent: Extent) -> dict[str, object]:
         "elapsed_seconds": round(scheduler.budget.elapsed, 2),
         "phases_seconds": {name: round(seconds, 3) for name, seconds in list(log.timings.items())},
         "phases_from_to": {name: [round(end, 2) for end in span] for name, span in list(log.spans.items())},
-        "images_per_second": round((scheduler.total_images - resumed * scheduler.shape.classes) / generating, 2),
-        "resumed_rounds": resumed,
-        "job": crew.place.job,
-        "processes": crew.place.ranks,
-        "rounds_by_rank": [by_rank.get(rank, 0) for rank in range(crew.place.ranks)],
-        "ranks_gone": crew.silent(),
-        "rounds_left_out": np.setdiff1d(np.arange(numbers[-1]), numbers).tolist(),
+        "images_per_second": round(scheduler.images / generating, 2),
+        "first_image_seconds": work.first_image and round(work.first_image, 2),
+        "resumed_rounds": work.spool.before,
+        "devices": [
+            {"name": one.name, "node": one.node, "images": one.images, "restarts": one.restarts}
+            for one in scheduler.devices
+        ],
         "snapshots_seconds": round(scheduler.spent, 3),
-        "batch_size": scheduler.batch.current,
-        "images_regenerated": generator.regenerated,
+        "batch_size": scheduler.batch_size,
         "plans": list(work.plans),
-        "resolution": generator.resolution,
-        "unet_dtype": str(generator.sampler.dtype),
-        "decoder": {
-            "name": generator.decoder.rung,
-            "dtype": str(generator.vae.dtype),
-            "fidelity_db": dict(generator.decoder.fidelity),
-        },
+        # How images were made on the first device and, with the same result, on all others.
+        **(told[0] if told else {}),
+        "images_regenerated": sum(facts["images_regenerated"] for facts in told),
         "checkpoint": {
             "source": work.checkpoint.source,
             "path": str(work.checkpoint.path),
             "sha256": digests,
             "recognised": digests and recognise(digests),
         },
-        "warnings": [*log.warnings, *crew.warnings()],
-        "peak_memory_bytes": work.memory.peak,
-        **machine(generator.sampler.device),
+        "warnings": list(log.warnings),
+        "peak_memory_bytes": max(peaks),
+        **machine(),
         # Last, since it is long.
         "progress": {
             name: [point[column] for point in work.progress]

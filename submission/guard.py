@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import NoReturn, Self
 
 from submission.budget import Budget
 from submission.errors import BudgetError
@@ -48,13 +48,14 @@ class Guard:
     """A context in which SIGTERM and SIGINT set `stop`, a second one ends the process, and so does the deadline.
 
     Whoever acquires `finishing` writes the last file: the main thread as a rule, and the guard in its stead where it
-    does not come in time.
+    does not come in time. Where it ends the process, it calls `before_exit` first, which has to be quick.
     """
 
     def __init__(self, budget: Budget) -> None:
         self.stop = threading.Event()
         self.finishing = threading.Lock()
         self.duties: Duties | None = None
+        self.before_exit: Callable[[], None] = lambda: None
         self._budget = budget
         self._stopped_by: signal.Signals | None = None
 
@@ -88,7 +89,7 @@ class Guard:
                     if number not in SIGNALS:
                         continue
                     if self._stopped_by:
-                        os._exit(128 + number)
+                        self._exit(128 + number)
                     self._stopped_by, told_at = signal.Signals(number), self._budget.elapsed
                     self.stop.set()
                     if self.duties:
@@ -98,18 +99,22 @@ class Guard:
                 if self._budget.left <= self._budget.last:
                     seconds = f"a budget of {self._budget.seconds:g} s"
                     print(f"error: {seconds} is over before the model is loaded: give a longer one", file=sys.stderr)
-                    os._exit(BudgetError.exit_code)
+                    self._exit(BudgetError.exit_code)
                 if self._stopped_by and self._budget.elapsed - told_at > PATIENCE:
                     print("error: stopped before the first round was done: nothing is written", file=sys.stderr)
-                    os._exit(BudgetError.exit_code)
+                    self._exit(BudgetError.exit_code)
                 continue
             if duties.late():
                 _start(duties.last_words).join(LAST_WORDS_PATIENCE)
-                os._exit(duties.code())
+                self._exit(duties.code())
             ignored = self._stopped_by is not None and self._budget.elapsed - told_at > PATIENCE
             if (ignored or duties.overdue()) and self.finishing.acquire(blocking=False):
                 # Ends the process at once: taking torch and its libraries apart in order takes seconds.
-                _start(lambda duties: os._exit(duties.finish()), duties)
+                _start(lambda duties: self._exit(duties.finish()), duties)
+
+    def _exit(self, code: int) -> NoReturn:
+        self.before_exit()
+        os._exit(code)
 
 
 def _start(work: Callable[..., None], *arguments: object) -> threading.Thread:

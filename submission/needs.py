@@ -11,7 +11,6 @@ from submission.checkpoint import Checkpoint
 from submission.errors import OutputError
 from submission.output_folder import room
 from submission.progress import Log
-from submission.ranks import Place
 from submission.rounds import Spool
 from submission.tasks import Task
 from submission.work import JobConfig
@@ -52,19 +51,20 @@ def shape_that_fits(config: JobConfig, spool: Spool, log: Log) -> Shape:
 
 
 def room_for_projections(
-    config: JobConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, place: Place, log: Log
+    config: JobConfig, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, sharing: int, log: Log
 ) -> bool:
     """Whether the memory of the device has room for all prompts' projections. On a CPU, says how much memory this
-    process takes at most, and whether that is there for all of them on this machine."""
+    process takes at most, and whether that is there: `sharing` of them share the machine's."""
     prompts = sum(map(len, config.task.prompts(config.prompts)))
     projections = prompts * checkpoint.projected_size * dtype.itemsize
     if device.type == "cuda":
         return projections <= PROJECTIONS_SHARE * torch.cuda.mem_get_info(device)[0]
-    free = memory_free() // place.local_ranks
+    free = memory_free() // sharing
     fit = projections <= PROJECTIONS_SHARE * free
     needed = memory_needed(checkpoint, config.task, prompts, dtype.itemsize, torch.get_num_threads())
     needed += projections if fit else 0
-    said = f"memory: at most {needed / 1e9:.2f} GB, where {free / 1e9:.2f} GB are free"
+    each = f" on each of {sharing} devices" if sharing > 1 else ""
+    said = f"memory: at most {needed / 1e9:.2f} GB{each}, where {free / 1e9:.2f} GB are free"
     if needed > free:
         log.warn(f"{said}: the system may end this process")
     else:

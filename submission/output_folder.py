@@ -1,54 +1,39 @@
-"""The folder the job writes to: one job at a time, be it of several processes, room to write, nothing left of files
-that were never finished."""
+"""The folder the job writes to: one job at a time, room to write, nothing left of files that were never finished."""
 
 import fcntl
-import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from submission.errors import OutputError
 
-# The job's record: locked by its processes, and what the first of them tells the others.
-RECORD, RECORD_BYTES = ".job.json", 1024
+# Locked by the job that has the folder.
+LOCK = ".job.lock"
 
 
 @contextmanager
-def claimed(
-    folder: Path, job: str, began: float, prepare: Callable[[], None], clear: Callable[[], None]
-) -> Iterator[float | None]:
-    """Makes the folder and keeps other jobs out of it while a process of this one is in the context, or alive.
-
-    The first process of a job to come calls `prepare`, while the others wait, and leaves word when it `began` (Unix
-    seconds); these are given that time, the first one None. The last to go calls `clear`. Raises OutputError.
-    """
-    path, descriptor, first = folder / RECORD, None, False
+def claimed(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps other jobs out while the context lasts, or until `release`. Raises OutputError."""
+    path, descriptor = folder / LOCK, None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        while descriptor is None or not is_at(path, descriptor):  # whose last process may just have removed it
+        while descriptor is None or not _is_at(path, descriptor):  # which another job may just have removed
+            if descriptor is not None:
+                os.close(descriptor)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            # The locks are the kernel's, so that none goes stale. All share one; who has it alone is first, or last.
-            first = _alone(descriptor)
-            if not first:
-                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            # The lock is the kernel's, so that none goes stale.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"another job is writing to {folder}: wait for it, or choose another --output") from error
     except OSError as error:
         raise OutputError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
     try:
-        if first:
-            prepare()
-            os.pwrite(descriptor, json.dumps({"job": job, "began": began}).ljust(RECORD_BYTES).encode(), 0)
-            # Lets go for a moment, in which another job may become the first of its own.
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-        record = json.loads(os.pread(descriptor, RECORD_BYTES, 0))
-        if record["job"] != job:
-            raise OutputError(f"another job is writing to {folder}: wait for it, or choose another --output")
-        yield None if first else record["began"]
+        yield
     finally:
-        if is_at(path, descriptor) and _alone(descriptor):
-            clear()
+        if _is_at(path, descriptor):
             release(folder)
         os.close(descriptor)
 
@@ -56,10 +41,10 @@ def claimed(
 def release(folder: Path) -> None:
     """Another job may have the folder from now on."""
     with suppress(OSError):
-        (folder / RECORD).unlink()
+        (folder / LOCK).unlink()
 
 
-def is_at(path: Path, descriptor: int) -> bool:
+def _is_at(path: Path, descriptor: int) -> bool:
     """Whether the path leads to the file that is open there."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
@@ -67,20 +52,9 @@ def is_at(path: Path, descriptor: int) -> bool:
         return False
 
 
-def _alone(descriptor: int) -> bool:
-    """Takes the lock for this process alone, if it can be had."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def unfinished(path: Path) -> Path:
-    """Where a file is written before it is renamed to `path`: another name each time, since several may write it.
-
-    Whoever finds it removed by then has been replaced, and what it wrote is not to appear.
-    """
+    """Where a file is written before it is renamed to `path`: another name each time, since a snapshot that was given
+    up may still be at it while the last file is written."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
 
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from submission.budget import Budget
 
-LogStyle = Literal["plain", "rich", "json"]
+LogStyle = Literal["plain", "rich", "json", "kept"]
 
 # Seconds between progress lines where there is no terminal to redraw.
 LINE_SECONDS = 5.0
@@ -44,20 +44,19 @@ class Status:
 class Log:
     """Everything the job says, with the seconds since its start. Warnings are kept for the manifest.
 
-    Of several processes, which say by `speaker` who they are, all but one are `quiet` and utter only warnings.
+    In style `kept` nothing is shown: pairs of "info" or "warning" and a text wait in `kept` for whoever passes them on.
     """
 
-    def __init__(self, style: LogStyle, budget: Budget, speaker: str = "", *, quiet: bool = False) -> None:
+    def __init__(self, style: LogStyle, budget: Budget) -> None:
         self.style = style
         self.budget = budget
-        self.speaker = speaker
-        self.quiet = quiet
+        self.kept: list[tuple[str, str]] = []
         self.warnings: list[str] = []
         self.timings: dict[str, float] = {}
         self.spans: dict[str, tuple[float, float]] = {}
         self._last_line = -LINE_SECONDS
         self._bar: Progress | None = None
-        if style == "rich" and not quiet:
+        if style == "rich":
             self._bar = Progress(
                 SpinnerColumn(),
                 TextColumn("{task.description}"),
@@ -89,8 +88,6 @@ class Log:
 
     def status(self, status: Status) -> None:
         """Shows progress: at once on a terminal, every `LINE_SECONDS` in a log."""
-        if self.quiet:
-            return
         if self._bar:
             self._bar.update(
                 self._row, completed=status.images, total=status.planned_images, figures=escape(str(status))
@@ -108,11 +105,10 @@ class Log:
             self._bar.stop()
 
     def _emit(self, event: str, text: str) -> None:
-        if self.quiet and event != "warning":
-            return
-        text = f"{self.speaker}{text}"
         prefix = "warning: " if event == "warning" else ""
-        if self._bar:
+        if self.style == "kept":
+            self.kept.append((event, text))
+        elif self._bar:
             colour = "yellow" if prefix else "default"
             self._bar.console.print(f"[dim]{self.budget.elapsed:7.1f}s[/]  [{colour}]{prefix}{escape(text)}[/]")
         elif self.style == "json":

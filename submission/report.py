@@ -137,7 +137,6 @@ def _command(manifest: Mapping[str, Any]) -> str:
         "aug-per-image": manifest["copies_per_image"],
         "max-ipc": manifest["max_ipc"],
         "dtype": manifest["dtype"],
-        "processes": manifest["processes"],
     }
     words = ["./run.sh", task if task in builtin_names() else f"{task}.toml"]
     return shlex.join([*words, *(f"--{name}={value}" for name, value in options.items())])

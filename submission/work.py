@@ -3,32 +3,36 @@
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from submission.augment import PdaStyle
 from submission.budget import Scheduler, Shape
 from submission.checkpoint import Checkpoint
-from submission.crew import Crew
 from submission.dataset_file import Recipe
 from submission.decoder import Rung
 from submission.estimates import Extent
-from submission.generator import Generator
+from submission.image_queue import ImageQueue
 from submission.manifest import Digests
 from submission.progress import Log
 from submission.rounds import Spool
 from submission.snapshots import SnapshotWriter
 from submission.tasks import PromptStyle, Task
-from submission.working_memory import WorkingMemory
+
+if TYPE_CHECKING:
+    from submission.engine.alone import Alone
+    from submission.engine.fleet import Fleet
 
 
 @dataclass(frozen=True)
 class JobConfig:
-    """What was asked for. `copies` an image at most, `cap` images a class at most, `resolution` in pixels;
-    None stands for the checkpoint's own resolution, and for the batch size that measures best."""
+    """What was asked for. `copies` an image at most, `cap` images a class at most, `resolution` in pixels; None stands
+    for the checkpoint's own resolution, and for the batch size that measures best.
+
+    `device` is `auto`, `cpu` or `cuda`, and `devices` how many of that kind; None is every GPU, or one CPU. `cluster`
+    is the address of Ray's, or `auto`.
+    """
 
     task: Task
     output: Path
@@ -43,6 +47,9 @@ class JobConfig:
     batch_size: int | None
     dtype: str
     device: str
+    devices: int | None = None
+    cluster: str | None = None
+    compiles: bool = True
     resume: bool = False
 
     @property
@@ -61,24 +68,24 @@ class JobConfig:
 class Work:
     """A job in the making: what generates, what decides, what is on disk, and the plans that were announced.
 
-    `numbers` [R] are the rounds that fall to this rank, in their order. `placing` is held to put a file in place and to
-    write the manifest of the one that is. `progress` has the images that all had made, and the batch size, at some
-    seconds of the budget.
+    `placing` is held to put a file in place and to write the manifest of the one that is. `progress` has the images
+    that were made, and the batch size, at some seconds of the budget; at second `first_image` there was one.
+    `trouble` is what ended the last device that was given up.
     """
 
     config: JobConfig
     checkpoint: Checkpoint
     digests: Digests
-    generator: Generator
+    engine: "Alone | Fleet"
     spool: Spool
+    queue: ImageQueue
     scheduler: Scheduler
     log: Log
-    crew: Crew
-    numbers: NDArray[np.int64]
     writer: SnapshotWriter = field(default_factory=SnapshotWriter)
     placing: threading.RLock = field(default_factory=threading.RLock)
     plans: list[dict[str, float]] = field(default_factory=list)
     progress: list[tuple[float, int, int]] = field(default_factory=list)
-    memory: WorkingMemory = field(default_factory=WorkingMemory.watch)
+    trouble: Exception | None = None
+    first_image: float | None = None
     sheet_drawn: bool = False
     finished: bool = False

@@ -29,11 +29,13 @@ from torch import Tensor
 from submission import cli, finish, guard, job, report
 from submission.budget import start_budget
 from submission.checkpoint import EMBEDDED, inspect
+from submission.engine import maker
 from submission.estimates import Extent
 from submission.generator import Generator, load_generator
 from submission.progress import Log
 from submission.tasks import load_task
 from submission.work import Work
+from tests import stub_device
 from tools.embedded import critic, diffusion, distil, layout, progress, vae
 
 NOBODY = 65534
@@ -41,8 +43,6 @@ NOBODY = 65534
 Main = Callable[[list[str]], int]
 # Rounds before a device is stuck or fails: few, for a busy machine must come past them in a budget of seconds.
 FAULT_AFTER = 3
-# What a batch takes on the slow device.
-STUB_SECONDS = 0.8
 
 
 @functools.cache
@@ -54,14 +54,13 @@ def generator() -> Generator:
     return load_generator(load_task("cifar100"), checkpoint, device, log, style="described", seed=0, resolution=None)
 
 
-def start(output: Path, *options: str, fault: str = "", rank: int = 0, ranks: int = 1) -> ForkServerProcess:
-    """Starts the job in a process of its own, which prints to `output`.log. `fault` is the name of a function below.
-
-    Of several `ranks`, each is to be started.
-    """
+def start(
+    output: Path, *options: str, fault: str = "", environment: Mapping[str, str] | None = None
+) -> ForkServerProcess:
+    """Starts the job in a process of its own, which prints to `output`.log. `fault` is the name of a function below."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
-    process = context.Process(target=_job, args=(output, options, fault, rank, ranks))
+    process = context.Process(target=_job, args=(output, options, fault, environment or {}))
     process.start()
     return process
 
@@ -95,17 +94,15 @@ def wait_for(condition: Callable[[], bool], process: ForkServerProcess) -> None:
         time.sleep(0.005)
 
 
-def _job(output: Path, options: tuple[str, ...], fault: str, rank: int, ranks: int) -> None:
-    if ranks > 1:
-        places = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks}
-        os.environ.update({name: str(number) for name, number in places.items()}, BANKO_JOB=str(output))
+def _job(output: Path, options: tuple[str, ...], fault: str, environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)
     log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
     loaded = generator()
     if fault:
         globals()[fault](loaded)
-    vars(job)["load_generator"] = lambda *_, **__: loaded
+    vars(maker)["load_generator"] = lambda *_, **__: loaded
     arguments = ["cifar100", "--model", "embedded", "--device", "cpu", "--output", str(output), *options]
     os._exit(cli.main(arguments))
 
@@ -173,24 +170,14 @@ def unhurried_device(loaded: Generator) -> None:
     _when_generating(loaded, lambda _: time.sleep(0.3))
 
 
-def slow_device(loaded: Generator) -> None:
-    """A device of its own for every rank, which takes `STUB_SECONDS` a batch and none of the machine's cores.
+def stubs(_: Generator) -> None:
+    """Devices are made up, each with an actor of its own."""
+    vars(job)["loader"] = lambda *_: stub_device.load
 
-    The picture is always the same. Beside the log it is noted how many batches there were, and in which time.
-    """
-    dice = np.random.default_rng(0)
-    picture = torch.from_numpy(dice.integers(0, 256, (3, 32, 32), dtype=np.uint8))
-    times: list[float] = []
 
-    def images(numbers: NDArray[np.int64], _: Any) -> Tensor:
-        times.append(time.monotonic())
-        time.sleep(STUB_SECONDS)
-        times.append(time.monotonic())
-        file = Path(f"{os.environ['BANKO_JOB']}.times-{os.environ['RANK']}")
-        file.write_text(f"{len(times) // 2} {times[-1] - times[0]}")
-        return picture.repeat(len(numbers), 1, 1, 1)
-
-    vars(loaded)["images"] = images
+def stubs_that_do_not_load(_: Generator) -> None:
+    """No device sees the checkpoint."""
+    vars(job)["loader"] = lambda *_: stub_device.load_nothing
 
 
 def failing_device(loaded: Generator) -> None:
@@ -242,6 +229,11 @@ def gpu_without_weights(_: object) -> None:
     vars(job)["PROJECT"] = Path.cwd()
 
 
+def no_ray(_: object) -> None:
+    """Ray is not installed."""
+    vars(sys)["modules"]["ray"] = None
+
+
 def small_training(_: object) -> None:
     """The trainer's batches are a few images, its UNets narrow, every other step has a line in the log. Nothing is
     compiled, which takes longer than to train so little."""
@@ -261,7 +253,7 @@ def interrupted(_: object) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1000)
 
-    vars(job)["load_generator"] = load
+    vars(maker)["load_generator"] = load
 
 
 def ordinary_user(_: object) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    for name in ("run.sh", "requirements.txt", "requirements-dev.txt"):
+    for name in ("run.sh", "requirements.txt", "requirements-dev.txt", "requirements-ray.txt"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("pip", "python"):
         stub = tmp_path / ".venv/bin" / name
@@ -65,6 +65,27 @@ def test_tools_install_what_they_need_and_get_their_arguments(project: Path) -> 
     assert run(project, "make-checkpoint", "d")[1] == ["python -m tools.make_checkpoint d"]
     assert run(project, "fetch-weights", "d")[1] == ["python -m tools.fetch_weights d"]
     assert run(project, "train-embedded", "--data", "x")[1] == ["python -m tools.train_embedded --data x"]
+
+
+@pytest.mark.parametrize(
+    ("options", "several"),
+    [
+        ("--devices 8", True),
+        ("--devices=2", True),
+        ("--seed 3 --devices cpu:2", True),
+        ("--cluster auto", True),
+        ("--cluster=10.0.0.1:6379", True),
+        ("--devices 1", False),
+        ("--devices=cpu:1", False),
+        ("--device cpu", False),
+        ("--device cpu --devices 2", True),
+    ],
+)
+def test_ray_comes_to_those_who_ask_for_several_devices(project: Path, options: str, several: bool) -> None:
+    calls = run(project, "cifar100", *options.split())[1]
+    installed = [call.split()[-1] for call in calls if call.startswith("pip")]
+    assert installed == ["requirements.txt", *(["requirements-ray.txt"] if several else [])]
+    assert run(project, "cifar100", *options.split())[1] == [f"python -m submission cifar100 {options}"]
 
 
 def test_tests_are_linted_and_type_checked(project: Path) -> None:

@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def evaluate(options: argparse.Namespace) -> None:
     """Check all files, score each task, write the scores. Raises a BankoError for what a person can mend."""
-    device = choose_device(options.device, local_rank=0)
+    device = choose_device(options.device)
     schedule = Schedule(options.epochs, options.max_steps)
     jobs = [open_job(task, options) for task in choose_tasks(options.tasks, options.submit_dir)]
     for job in jobs:

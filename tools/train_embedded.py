@@ -142,7 +142,7 @@ def run(options: Options) -> None:
 def train(options: Options) -> None:
     """All stages, or what is left of them. Raises InputFileError for the data; OutputError, OSError for the folder."""
     keep_freed_memory()
-    device = choose_device(options.device, local_rank=0)
+    device = choose_device(options.device)
     torch.backends.cudnn.benchmark = True  # the steps of a stage have batches of one shape
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)

@@ -34,7 +34,7 @@ torch=${TORCH:-$(grep '^torch==' "$project/requirements.txt")+cpu}
 say "wheels, with $torch"
 sed "s|^torch==.*|$torch|" "$project/requirements.txt" >"$work/requirements.txt"
 "${BANKO_PYTHON:-python3}" -m pip --quiet download --dest "$work/wheels" --python-version 3.11 \
-    --only-binary=:all: -r "$work/requirements.txt" 2>"$work/pip.log" ||
+    --only-binary=:all: -r "$work/requirements.txt" -r "$project/requirements-ray.txt" 2>"$work/pip.log" ||
     lacking "pip finds no $torch, or not all of the others: $(grep -m1 ERROR "$work/pip.log"); TORCH names another"
 
 # The base: a Debian with Python and its venv module, and nothing else.

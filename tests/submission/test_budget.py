@@ -4,13 +4,15 @@ import time
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from submission.batch_size import BatchSize, pays_back
-from submission.budget import Budget, Scheduler, Shape, make_plan, parse_seconds, start_budget
-from submission.errors import BudgetError, UsageError
+from submission.budget import BATCHES_BEFORE_GIVING_UP, Budget, Scheduler, Shape, make_plan, parse_seconds, start_budget
+from submission.devices import Device
+from submission.errors import UsageError
 from submission.estimates import Extent, FileCost, Pace
 from tools.bench import scheduler as simulator
 
@@ -62,7 +64,7 @@ def test_a_plan_fits_and_one_more_round_would_not(
     def total(rounds: int) -> float:
         return pace.bound(max(0, rounds * shape.classes - images), batch) + cost.bound(shape.extent(rounds))
 
-    plan = make_plan(left, images, batch, pace, cost.bound, shape)
+    plan = make_plan(left, images, lambda count: pace.bound(count, batch), cost.bound, shape)
     assert done <= plan.rounds <= max(done, shape.cap)
     assert plan.ipc == shape.ipc(plan.rounds)
     assert plan.rounds == done or total(plan.rounds) <= left
@@ -179,14 +181,28 @@ def test_no_job_on_a_simulated_machine_is_late_and_snapshots_cost_little(kind: s
 def make_scheduler(seconds: float, *, batch: int = 5, cap: int = 10**6, copies: int = 4) -> tuple[Scheduler, FakeClock]:
     clock = FakeClock()
     cost = FileCost(10, 0.1, 1e-4, 1e-4)
-    return Scheduler(Budget(seconds, 0.0, clock), Shape(10, copies, cap), cost, BatchSize(fixed=batch)), clock
+    device = Device(BatchSize(fixed=batch))
+    return Scheduler(Budget(seconds, 0.0, clock), Shape(10, copies, cap), cost, [device]), clock
+
+
+def batch_done(scheduler: Scheduler, size: int, seconds: float, device: int = 0) -> bool:
+    """A device takes so many images in hand and comes back with them, the last of which are in whole rounds."""
+    one = scheduler.devices[device]
+    one.give(np.arange(size), scheduler.budget.elapsed)
+    rounds = (scheduler.images + size) // scheduler.shape.classes
+    return scheduler.observe(one, seconds, size, rounds)
+
+
+def next_batch(scheduler: Scheduler) -> int:
+    """For the first device."""
+    return scheduler.next_batch(scheduler.devices[0])
 
 
 def generate(scheduler: Scheduler, clock: FakeClock, image: float) -> None:
     """Batches until the scheduler wants no more; files cost what they are expected to."""
-    while size := scheduler.next_batch():
+    while size := next_batch(scheduler):
         clock.now += size * image
-        scheduler.observe(size, size * image)
+        batch_done(scheduler, size, size * image)
         if (extent := scheduler.snapshot()) is not None:
             scheduler.wrote(extent, scheduler.cost.mean(extent), scheduler.cost.mean(extent))
 
@@ -194,9 +210,9 @@ def generate(scheduler: Scheduler, clock: FakeClock, image: float) -> None:
 def test_a_batch_of_many_rounds_is_not_repeated_when_time_is_short() -> None:
     scheduler, clock = make_scheduler(20, batch=100, copies=0)
     clock.now = 15
-    scheduler.observe(scheduler.next_batch(), 10.0)
+    batch_done(scheduler, next_batch(scheduler), 10.0)
     assert scheduler.rounds == 10
-    assert scheduler.next_batch() <= 10, "at most the one round that still fits"
+    assert next_batch(scheduler) <= 10, "at most the one round that still fits"
 
 
 def test_time_for_what_comes_afterwards_is_kept_unless_a_signal_takes_it() -> None:
@@ -220,12 +236,12 @@ def test_a_stall_early_on_does_not_end_the_job() -> None:
     scheduler, clock = make_scheduler(100)
     stalls = 0
     for batch in range(10000):
-        size = scheduler.next_batch()
+        size = next_batch(scheduler)
         if not size:
             break
         took = 20.0 if batch == 10 else 0.1
         clock.now += took
-        stalls += scheduler.observe(size, took)
+        stalls += batch_done(scheduler, size, took)
     unused = scheduler.left - scheduler.finish(scheduler.shape.extent(scheduler.rounds))
     assert 0 <= unused < 1 and stalls == 1
 
@@ -234,9 +250,9 @@ def test_the_first_round_is_written_at_once_and_later_files_are_worth_their_whil
     scheduler, clock = make_scheduler(1000, batch=10)
     assert scheduler.snapshot() is None
     sizes, spent = [], 0.0
-    while size := scheduler.next_batch():
+    while size := next_batch(scheduler):
         clock.now += 1.0
-        scheduler.observe(size, 1.0)
+        batch_done(scheduler, size, 1.0)
         if (extent := scheduler.snapshot()) is not None:
             sizes.append(extent.rounds)
             spent += scheduler.cost.mean(extent)
@@ -248,7 +264,7 @@ def test_the_first_round_is_written_at_once_and_later_files_are_worth_their_whil
 def test_a_job_told_to_stop_is_gone_before_a_container_is_killed() -> None:
     scheduler, clock = make_scheduler(600)
     clock.now = 50
-    scheduler.observe(500, 50)
+    batch_done(scheduler, 500, 50)
     scheduler.hurry()
     clock.now = 52
     scheduler.hurry()
@@ -259,7 +275,7 @@ def test_a_job_told_to_stop_is_gone_before_a_container_is_killed() -> None:
 
 def test_a_last_file_that_is_too_slow_gives_way_to_a_smaller_one() -> None:
     scheduler, clock = make_scheduler(100, copies=0)
-    scheduler.observe(100_000, 50)
+    batch_done(scheduler, 100_000, 50)
     scheduler.cost.observe(Extent(1000, 1000), 1.0)
     scheduler.in_place = Extent(1000, 1000)
     clock.now = 80
@@ -276,7 +292,7 @@ def test_a_last_file_that_is_too_slow_gives_way_to_a_smaller_one() -> None:
 
 def test_the_guard_takes_over_when_the_file_should_have_been_begun() -> None:
     scheduler, clock = make_scheduler(100)
-    scheduler.observe(100, 50)
+    batch_done(scheduler, 100, 50)
     clock.now = 90
     assert not scheduler.overdue() and not scheduler.late()
     clock.now = 99.3
@@ -288,33 +304,93 @@ def test_the_guard_takes_over_when_the_file_should_have_been_begun() -> None:
 def test_a_budget_is_not_called_too_small_before_larger_batches_are_tried() -> None:
     """Images one by one would take 11 s, in batches of 16 they take 2."""
     clock = FakeClock()
-    scheduler = Scheduler(Budget(6, 0.0, clock), Shape(100, 4, 500), FileCost(100, 0.5, 1e-5, 1e-5), BatchSize())
-    while size := scheduler.next_batch():
+    scheduler = Scheduler(
+        Budget(6, 0.0, clock), Shape(100, 4, 500), FileCost(100, 0.5, 1e-5, 1e-5), [Device(BatchSize())]
+    )
+    while size := next_batch(scheduler):
         took = 0.1 + 0.01 * size
         clock.now += took
-        scheduler.observe(size, took)
+        batch_done(scheduler, size, took)
     assert scheduler.rounds >= 1
 
 
 def test_a_budget_without_room_for_a_round_is_said_with_what_it_would_need() -> None:
     def scheduler_for(seconds: float) -> Scheduler:
-        cost, batch = FileCost(100, 0.5, 1e-5, 1e-5), BatchSize(fixed=10)
-        return Scheduler(Budget(seconds, 0.0, clock), Shape(100, 4, 500), cost, batch)
+        cost, device = FileCost(100, 0.5, 1e-5, 1e-5), Device(BatchSize(fixed=10))
+        return Scheduler(Budget(seconds, 0.0, clock), Shape(100, 4, 500), cost, [device])
 
     clock = FakeClock(8.0)
     scheduler = scheduler_for(3)
-    with pytest.raises(BudgetError) as caught:
-        for _ in range(10):
-            size = scheduler.next_batch()
-            clock.now += 0.5
-            scheduler.observe(size, 0.5)
-    text = str(caught.value)
+    while size := next_batch(scheduler):
+        clock.now += 0.5
+        batch_done(scheduler, size, 0.5)
+    assert not scheduler.rounds
+    text = str(scheduler.too_small())
     assert "3 s cannot hold one round" in text and "8.0 to start" in text and "5.0 to generate" in text
     suggested = float(text.rpartition("--budget ")[2].removesuffix("s"))
     # Following the advice must help.
     clock.now = 8.0
     retry = scheduler_for(suggested)
-    while size := retry.next_batch():
+    while size := next_batch(retry):
         clock.now += 0.5
-        retry.observe(size, 0.5)
+        batch_done(retry, size, 0.5)
     assert retry.rounds >= 1
+
+
+def two_devices(seconds: float, paces: tuple[float, float], batch: int = 10) -> tuple[Scheduler, FakeClock]:
+    """Two devices of which each has made a batch, in rounds of ten images."""
+    scheduler, clock = make_scheduler(seconds, batch=batch, copies=0)
+    scheduler.devices.append(Device(BatchSize(fixed=batch)))
+    for device, pace in enumerate(paces):
+        for _ in range(BATCHES_BEFORE_GIVING_UP):
+            batch_done(scheduler, batch, pace * batch, device)
+    return scheduler, clock
+
+
+def test_several_devices_are_planned_for_as_fast_as_they_are_together() -> None:
+    one, _ = make_scheduler(100, batch=10, copies=0)
+    batch_done(one, 10, 1.0)
+    even, _ = two_devices(100, (0.1, 0.1))
+    uneven, _ = two_devices(100, (0.1, 0.4))
+    assert one.images_per_second == pytest.approx(10) and even.images_per_second == pytest.approx(20)
+    assert uneven.images_per_second == pytest.approx(12.5)
+    assert uneven.generate(100) == pytest.approx(8)
+    assert one.plan().rounds < uneven.plan().rounds < even.plan().rounds < 2.1 * one.plan().rounds
+
+
+def test_no_device_is_given_what_would_not_come_back_in_time() -> None:
+    scheduler, clock = two_devices(60, (0.1, 2.0))
+    fast, slow = scheduler.devices
+    clock.now = 30
+    assert scheduler.next_batch(fast) == 10 and scheduler.next_batch(slow) == 10
+    clock.now = 45
+    assert scheduler.next_batch(fast) == 10
+    assert scheduler.next_batch(slow) < 10, "ten would take it 20 s"
+    fast.give(np.arange(140), clock.now)
+    assert scheduler.next_batch(fast) == 0, "it has work for 14 s and would need one more for this"
+
+
+def test_a_round_that_no_device_makes_alone_in_time_is_shared() -> None:
+    scheduler, clock = two_devices(60, (0.5, 0.5))
+    clock.now = 60 - scheduler.finish(scheduler.shape.extent(7)) - 3
+    assert [scheduler.next_batch(device) for device in scheduler.devices] == [5, 5], "a whole one takes 5 s"
+
+
+def test_what_is_late_no_longer_counts_as_in_hand() -> None:
+    scheduler, clock = two_devices(60, (0.1, 0.1))
+    device = scheduler.devices[0]
+    device.give(np.arange(10), clock.now)
+    assert scheduler.in_hand == 10 and device.in_hand[0].late_at == pytest.approx(clock.now + 5)
+    device.in_hand[0].handed_on = True
+    assert scheduler.in_hand == 0
+
+
+def test_a_device_that_comes_late_gets_work_only_while_it_may_come_back() -> None:
+    scheduler, clock = two_devices(60, (0.1, 0.1))
+    late = Device(BatchSize())
+    scheduler.devices.append(late)
+    late.loading = 10.0
+    clock.now = 30
+    assert scheduler.next_batch(late) == 1 and scheduler.pays_to_start()
+    clock.now = 56
+    assert scheduler.next_batch(late) == 0 and not scheduler.pays_to_start()

@@ -80,7 +80,7 @@ def test_a_longer_run_extends_a_shorter_one(tmp_path: Path) -> None:
     def stopped_past(output: Path, size: int) -> int:
         """Runs until the spool is larger; returns its size in the end."""
         process = start_and_wait(output, "--budget", output.name, "--aug-per-image", "0", *NO_CAP)
-        spool = output / ".cifar100.spool/rank-0.u8"
+        spool = output / ".cifar100.spool/rounds.u8"
         forked.wait_for(lambda: spool.stat().st_size > size, process)
         kill(process, signal.SIGTERM)
         assert end(process) == 0, said(output)
@@ -308,7 +308,7 @@ def test_an_interrupted_job_is_resumed_and_a_torn_round_made_again(tmp_path: Pat
     time.sleep(0.5)
     kill(process, signal.SIGKILL)
     end(process)
-    spool = output / ".cifar100.spool/rank-0.u8"
+    spool = output / ".cifar100.spool/rounds.u8"
     with spool.open("ab") as file:
         file.write(b"a part of a round")
     whole = spool.stat().st_size // (100 * 3 * 32 * 32)
@@ -360,10 +360,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
         process = start_and_wait(output, *NO_CAP)
         kill(process, signal.SIGKILL)
         end(process)
-        # Of another rank, as it were, which made all but the last.
-        with Spool(output / ".cifar100.spool", 100, 32, rank=1) as spool:
+        with Spool(output / ".cifar100.spool", 100, 32) as spool:
             dice = np.random.default_rng(0)
-            for number in range(ipc - 1):
+            for number in range(spool.count, ipc - 1):
                 spool.append(dice.integers(0, 256, spool.shape, dtype=np.uint8), number)
         # One size of batch: the search ends at another every time, and each takes its own memory.
         options = ("--max-ipc", str(ipc), "--aug-per-image", "0", "--batch-size", "50", "--dtype", "float16")

@@ -205,6 +205,14 @@ def test_a_real_run_of_the_embedded_model_ends_before_its_deadline(tmp_path: Pat
     assert images.shape == (100 * manifest["ipc"], 3, 32, 32) and images.dtype == torch.float32
 
 
+def test_one_device_knows_nothing_of_ray(checkpoint_folder: Path, task_file: Path, tmp_path: Path) -> None:
+    options = [str(task_file), "--model", str(checkpoint_folder), "--device", "cpu", "--output", str(tmp_path)]
+    code = f"import sys; from submission import cli; assert cli.main({options}) == 0; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "ray" not in (ROOT / "requirements.txt").read_text()
+
+
 def test_a_budget_without_room_is_code_3_and_leaves_nothing(
     checkpoint_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

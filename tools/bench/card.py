@@ -69,8 +69,8 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     """
     limit = parse_seconds(options.limit, "--limit")
     budget = start_budget(limit)
-    log = Log("plain", budget, quiet=True)
-    task, device = load_task(options.task), choose_device(options.device, 0)
+    log = Log("kept", budget)
+    task, device = load_task(options.task), choose_device(options.device)
     checkpoint = choose(options.model, cuda=device.type == "cuda", environment=os.environ, root=PROJECT)
     first_image = time_to_first_image(options) if budget.left > 2 * JOB_LIMIT else None
     own = checkpoint.resolution_for(task.size)
@@ -111,8 +111,7 @@ def time_to_first_image(options: argparse.Namespace) -> float:
         if finished.returncode:
             raise InputFileError(f"{' '.join(command[2:])} failed: {finished.stderr.strip()}")
         manifest = json.loads((Path(folder) / f"{load_task(options.task).name}.json").read_text())
-    progress = manifest["progress"]
-    return float(next(at for at, images in zip(progress["elapsed"], progress["images"], strict=True) if images))
+    return float(manifest["first_image_seconds"])
 
 
 def measure_resolution(generator: Generator, tiny: Any | None, gemm: float, limit: float, log: Log) -> dict[str, Any]:

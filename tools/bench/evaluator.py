@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def measure(options: argparse.Namespace) -> dict[str, object]:
     """Images a second of both sides, median over turns, and the median, least and largest ratio of a turn."""
     sides = {"published": _published, "fast": _fast}
-    device = choose_device(options.device, 0)
+    device = choose_device(options.device)
     steps = options.steps or (GPU_STEPS if device.type == "cuda" else CPU_STEPS)
     images = steps * BATCH_SIZE
     seconds: dict[str, list[float]] = {name: [] for name in sides}

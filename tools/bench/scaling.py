@@ -1,8 +1,9 @@
-"""Rounds that two ranks make against one, with one thread and one core each and the same budget, in whole runs.
+"""Rounds that several devices make against one in the same generating time, with one core and one thread each.
 
-A rank alone is kept to one core: with a second one for its snapshots it would have more than each of two has. The runs
-take turns, so that a machine whose speed drifts slows both alike; the ratio is taken turn by turn. It is of rounds in
-finished files: what starting, agreeing and writing cost is in it.
+One device is the job as it is without Ray, kept to one core; several are actors of Ray. A turn runs both, so that a
+machine whose speed drifts slows both alike, and the ratio is taken turn by turn. It is of rounds per second of
+generating, from when the first device is ready to when the last file is begun; what starting Ray and the devices took
+stands beside it.
 """
 
 import argparse
@@ -24,57 +25,69 @@ RUN = Path(__file__).resolve().parents[2] / "run.sh"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seconds", type=number_from(1), default=60, metavar="S", help="a run's budget, seconds (default: 60)"
+        "--seconds", type=number_from(1), default=90, metavar="S", help="a run's budget, seconds (default: 90)"
     )
     parser.add_argument("--turns", type=number_from(1), default=3, metavar="N", help="runs a side (default: 3)")
-    parser.add_argument("--processes", type=number_from(2), default=2, metavar="N", help="against one (default: 2)")
+    parser.add_argument("--devices", type=number_from(2), default=2, metavar="N", help="against one (default: 2)")
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
-    """Rounds of both sides by turn, the median, least and largest ratio of a turn, and what the runs warned of.
-
-    Raises InputFileError.
-    """
-    rounds: dict[int, list[int]] = {1: [], options.processes: []}
+    """By turn: rounds, seconds of generating and seconds to start of both sides; the median, least and largest ratio of
+    a turn, and what the runs warned of. Raises InputFileError."""
+    turns: dict[int, list[dict[str, float]]] = {1: [], options.devices: []}
     warnings = []
     for turn in range(options.turns):
-        for processes, made in rounds.items():
-            manifest = _run(processes, options.seconds)
-            made.append(manifest["rounds"])
-            warnings += [f"turn {turn + 1}, {processes} processes: {warning}" for warning in manifest["warnings"]]
-    alone, together = rounds.values()
-    ratios = [many / one for one, many in zip(alone, together, strict=True)]
+        for devices, runs in turns.items():
+            manifest = _run(devices, options.seconds)
+            phases, spans = manifest["phases_seconds"], manifest["phases_from_to"]
+            runs.append(
+                {
+                    "rounds": manifest["rounds"],
+                    "generating_seconds": phases["generate"],
+                    "ray_seconds": phases.get("start Ray", 0.0),
+                    "first_image_after": spans["generate"][0],
+                }
+            )
+            warnings += [f"turn {turn + 1}, {devices} devices: {warning}" for warning in manifest["warnings"]]
+    paces = [[run["rounds"] / run["generating_seconds"] for run in runs] for runs in turns.values()]
+    ratios = [many / one for one, many in zip(*paces, strict=True)]
     return {
         "speedup": statistics.median(ratios),
         "speedup_least": min(ratios),
         "speedup_most": max(ratios),
-        "processes": options.processes,
+        "devices": options.devices,
         "seconds": options.seconds,
-        "rounds": {str(processes): made for processes, made in rounds.items()},
+        "turns": {str(devices): runs for devices, runs in turns.items()},
         "warnings": warnings,
     }
 
 
 def table(figures: dict[str, Any]) -> str:
-    lines = [f"{'ranks of one core':<22}{'ratio':>7}   rounds in {figures['seconds']} s, by turn"]
-    for processes, made in figures["rounds"].items():
-        ratio = 1 if processes == "1" else figures["speedup"]
-        lines.append(f"{processes:<22}{ratio:>7.2f}   {', '.join(map(str, made))}")
+    lines = [
+        f"{'devices of one core':<22}{'ratio':>7}   by turn: rounds / seconds of generating (to start Ray, to begin)"
+    ]
+    for devices, runs in figures["turns"].items():
+        ratio = 1 if devices == "1" else figures["speedup"]
+        told = [
+            "{rounds} / {generating_seconds:.1f} ({ray_seconds:.1f}, {first_image_after:.1f})".format(**run)
+            for run in runs
+        ]
+        lines.append(f"{devices:<22}{ratio:>7.2f}   {', '.join(told)}")
     lines.append(f"ratios of a turn: {figures['speedup_least']:.2f} to {figures['speedup_most']:.2f}")
     return "\n".join([*lines, *figures["warnings"]])
 
 
-def _run(processes: int, seconds: int) -> dict[str, Any]:
+def _run(devices: int, seconds: int) -> dict[str, Any]:
     """The manifest of one run on so many cores: the embedded checkpoint, no cap, no copies."""
     with tempfile.TemporaryDirectory() as folder:
-        options = ["--model", "embedded", "--device", "cpu", "--max-ipc", "1000000", "--aug-per-image", "0"]
+        options = ["--model", "embedded", "--devices", f"cpu:{devices}", "--max-ipc", "1000000", "--aug-per-image", "0"]
         command = [str(RUN), "cifar100", *options, "--budget", f"{seconds}s", "--output", folder]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "BANKO_PYTHON": sys.executable}
-        cores = sorted(os.sched_getaffinity(0))[:processes]
-        if len(cores) < processes:
-            raise InputFileError(f"{processes} ranks with a core each need more than the {len(cores)} cores there are")
+        cores = sorted(os.sched_getaffinity(0))[:devices]
+        if len(cores) < devices:
+            raise InputFileError(f"{devices} devices with a core each need more than the {len(cores)} cores there are")
         done = subprocess.run(
-            [*command, "--processes", str(processes)],
+            command,
             env=environment,
             preexec_fn=partial(os.sched_setaffinity, 0, cores),
             capture_output=True,
@@ -82,6 +95,6 @@ def _run(processes: int, seconds: int) -> dict[str, Any]:
             check=False,
         )
         if done.returncode:
-            raise InputFileError(f"a run of {processes} processes ended with code {done.returncode}: {done.stderr}")
+            raise InputFileError(f"a run of {devices} devices ended with code {done.returncode}: {done.stderr}")
         manifest: dict[str, Any] = json.loads((Path(folder) / "cifar100.json").read_text())
         return manifest

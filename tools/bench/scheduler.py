@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
+
 from submission.batch_size import BatchSize
 from submission.budget import SNAPSHOT_CORE, Budget, Scheduler, Shape
 from submission.cli import number_from
-from submission.errors import BudgetError
+from submission.devices import Device
 from submission.estimates import Extent, FileCost
 
 KINDS = ("steady", "drift", "throttle", "stalls", "slow disk", "tiny budget", "an hour")
@@ -162,34 +164,36 @@ def run_ours(trace: Trace) -> Outcome:
     """The job's scheduler on this machine, as `generate` and `finish` in submission/job.py and the guard use it."""
     clock, dice = _Clock(trace.start), random.Random(trace.seed)
     cost = FileCost(trace.shape.classes, *trace.guess)
-    scheduler = Scheduler(Budget(trace.seconds, 0.0, clock), trace.shape, cost, BatchSize())
+    device = Device(BatchSize())
+    scheduler = Scheduler(Budget(trace.seconds, 0.0, clock), trace.shape, cost, [device])
     making, remaining = None, 0.0  # the snapshot in the making, and the core's time it still needs
     alone = spent = 0.0
-    try:
-        while size := scheduler.next_batch():
-            began = clock.now
-            ends = trace.after(began, trace.generating(size, size))
-            if disturbed := making is not None:
-                slowed = min(remaining, (ends - began) * SNAPSHOT_CORE / (1 - SNAPSHOT_CORE))
-                ends += slowed
-                remaining -= slowed
-            # The guard does not wait for a batch that does not come back.
-            overdue = max(began, scheduler.overdue_at())
-            if scheduler.rounds and ends > overdue:
-                clock.now = overdue
-                break
-            if ends > trace.seconds - scheduler.last:
-                return Outcome(0, trace.seconds - scheduler.last)
-            clock.now = ends
-            scheduler.observe(size, clock.now - began, disturbed=disturbed)
-            if making and remaining <= 0:
-                scheduler.wrote(making, alone * dice.uniform(0.9, 1.3), spent)
-                making = None
-            if not making and (extent := scheduler.snapshot()) is not None:
-                making = extent
-                alone = trace.writing(extent, clock.now)
-                spent = remaining = min(alone, trace.writing(extent, -math.inf))  # waiting for a disk costs no core
-    except BudgetError:
+    while size := scheduler.next_batch(device):
+        began = clock.now
+        device.give(np.arange(size), began)
+        ends = trace.after(began, trace.generating(size, size))
+        if disturbed := making is not None:
+            slowed = min(remaining, (ends - began) * SNAPSHOT_CORE / (1 - SNAPSHOT_CORE))
+            ends += slowed
+            remaining -= slowed
+        # The guard does not wait for a batch that does not come back.
+        overdue = max(began, scheduler.overdue_at())
+        if scheduler.rounds and ends > overdue:
+            clock.now = overdue
+            break
+        if ends > trace.seconds - scheduler.last:
+            return Outcome(0, trace.seconds - scheduler.last)
+        clock.now = ends
+        rounds = (scheduler.images + size) // trace.shape.classes
+        scheduler.observe(device, clock.now - began, size, rounds, disturbed=disturbed)
+        if making and remaining <= 0:
+            scheduler.wrote(making, alone * dice.uniform(0.9, 1.3), spent)
+            making = None
+        if not making and (extent := scheduler.snapshot()) is not None:
+            making = extent
+            alone = trace.writing(extent, clock.now)
+            spent = remaining = min(alone, trace.writing(extent, -math.inf))  # waiting for a disk costs no core
+    if not scheduler.rounds:
         return Outcome(0, clock.now)
     if making:
         scheduler.spent += spent - remaining

@@ -84,8 +84,8 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
 
     Raises a BankoError where the job would.
     """
-    log = Log("plain", start_budget(SETTLE_SECONDS, time.time()), quiet=True)
-    device = choose_device(options.device, 0)
+    log = Log("kept", start_budget(SETTLE_SECONDS, time.time()))
+    device = choose_device(options.device)
     checkpoint = choose(options.model, cuda=device.type == "cuda", environment=os.environ, root=PROJECT)
     generator = load_generator(
         load_task(options.task),

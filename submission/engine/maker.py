@@ -1,0 +1,181 @@
+"""A device and the generator on it: what the job's own process and an actor of Ray both use."""
+
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from submission import pipeline
+from submission.calibration import choose_decoder
+from submission.checkpoint import EMBEDDED, Checkpoint, fingerprint, inspect
+from submission.crowding import Crowding
+from submission.device import choose_device
+from submission.engine import Facts, NoMemoryError, first_line
+from submission.errors import CheckpointError, UsageError
+from submission.generator import Generator, load_generator
+from submission.needs import room_for_projections
+from submission.progress import Log
+from submission.work import JobConfig
+from submission.working_memory import WorkingMemory
+
+
+@dataclass(frozen=True)
+class Loading:
+    """What a device loads. It is a GPU or, with `kind` cpu, so many `threads` (None: all there are); `sharing` devices
+    share a machine's memory. `label` is the fingerprint of the checkpoint, `embedded` whether that comes with the code.
+    `decoder` is what a run before has chosen, in the manifest's words.
+    """
+
+    config: JobConfig
+    checkpoint: Checkpoint
+    label: str
+    embedded: bool
+    kind: str
+    threads: int | None = None
+    sharing: int = 1
+    decoder: Mapping[str, Any] | None = None
+
+
+@dataclass
+class GeneratorMaker:
+    """A generator, and how its process is doing. Once compiled, it makes batches of the size `compiled` alone."""
+
+    generator: Generator
+    device: torch.device
+    log: Log
+    memory: WorkingMemory
+    crowding: Crowding
+    compiled: int = 0
+
+    def facts(self) -> Facts:
+        generator, cuda = self.generator, self.device.type == "cuda"
+        facts = {
+            "device": torch.cuda.get_device_name(self.device) if cuda else f"cpu ({platform.machine()})",
+            "threads": torch.get_num_threads(),
+            "resolution": generator.resolution,
+            "unet_dtype": str(generator.sampler.dtype),
+            "decoder": {
+                "name": generator.decoder.rung,
+                "dtype": str(generator.vae.dtype),
+                "fidelity_db": dict(generator.decoder.fidelity),
+                "fitted_to": generator.decoder.fitted_to,
+            },
+            "compiled": bool(self.compiled),
+            "images_regenerated": generator.regenerated,
+            "peak_memory_bytes": self.memory.peak,
+        }
+        return facts | ({"peak_device_memory_bytes": torch.cuda.max_memory_allocated(self.device)} if cuda else {})
+
+    def make(
+        self, numbers: NDArray[np.int64], *, disturbed: bool, compiled: bool
+    ) -> tuple[NDArray[np.uint8], bool, float]:
+        if compiled != bool(self.compiled):
+            self._compile(len(numbers) if compiled else 0)
+        try:
+            images = self._images(numbers)
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            self._compile(0)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            raise NoMemoryError from error
+        grows = self.device.type != "cpu" or self.memory.allows_more()
+        return images, grows, self.crowding.look(count=not disturbed)
+
+    def _images(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Those images. Where they cannot be made by compiled code, it is said, and they are made without."""
+        # Another size would be compiled anew: a smaller batch is filled up.
+        filled = np.append(numbers, np.repeat(numbers[-1:], max(0, self.compiled - len(numbers))))
+        try:
+            images: NDArray[np.uint8] = self.generator.images(filled, self.log).numpy()
+        except torch._dynamo.exc.TorchDynamoException as error:  # looked up late: to import it takes as long as torch
+            self._compile(0)
+            self.log.warn(f"torch cannot compile the model here ({first_line(error)}): it runs as it is")
+            images = self.generator.images(filled, self.log).numpy()
+        return images[: len(numbers)]
+
+    def _compile(self, batch: int) -> None:
+        """Has the networks compiled for batches of that size or, with 0, computed as they are."""
+        generator, self.compiled = self.generator, batch
+        if not batch:
+            pipeline.undo_compilation(generator.sampler.unet)
+            pipeline.undo_compilation(generator.vae)
+            return
+        pipeline.compile_blocks(generator.sampler.unet)
+        if generator.decoder.rung == "vae":
+            pipeline.compile_vae(generator.vae)
+
+
+def load_maker(loading: Loading, seconds_left: float, like: Facts | None, log: Log) -> GeneratorMaker:
+    """Loads the generator onto this process's device, in the manner of the device whose facts these are.
+
+    Raises UsageError and CheckpointError.
+    """
+    config, device = loading.config, choose_device(loading.kind)
+    if loading.threads:
+        torch.set_num_threads(loading.threads)
+    checkpoint = loading.checkpoint
+    dtype = getattr(torch, like["unet_dtype"].removeprefix("torch.")) if like else pipeline.choose_dtype(device)
+    chosen = like["decoder"] if like else loading.decoder
+    with lack_of_memory_said(config):
+        generator = load_generator(
+            config.task,
+            checkpoint,
+            device,
+            log,
+            style=config.prompts,
+            seed=config.seed,
+            resolution=config.resolution,
+            dtype=dtype,
+            project_prompts=room_for_projections(config, checkpoint, device, dtype, loading.sharing, log),
+        )
+        with log.phase("choose decoder"):
+            generator.decoder = choose_decoder(
+                generator,
+                chosen["name"] if chosen else config.decoder,
+                pipeline.load_tiny(checkpoint, device, generator.vae.dtype),
+                fitted_to=chosen["fitted_to"] if chosen else None,
+                left=seconds_left,
+                cap=config.cap,
+                log=log,
+            )
+    return GeneratorMaker(generator, device, log, WorkingMemory.watch(), Crowding())
+
+
+def load_elsewhere(loading: Loading, seconds_left: float, like: Facts | None, log: Log) -> GeneratorMaker:
+    """Loads the generator in a process of another machine, as it may be: it has to see the same checkpoint.
+
+    Raises UsageError and CheckpointError.
+    """
+    path = EMBEDDED if loading.embedded else loading.checkpoint.path
+    try:
+        checkpoint = inspect(path, loading.checkpoint.source)
+        label = fingerprint(checkpoint)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}: put the checkpoint at the same path there, or on a shared disk") from error
+    if label != loading.label:
+        raise CheckpointError(f"{path} holds another checkpoint there: copy the one of the driver's machine")
+    return load_maker(replace(loading, checkpoint=checkpoint), seconds_left, like, log)
+
+
+@contextmanager
+def lack_of_memory_said(config: JobConfig) -> Iterator[None]:
+    """Raises UsageError where the model does not fit into memory."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        wish = f" at {config.resolution} px" if config.resolution else ""
+        raise UsageError(f"no memory for the model and its first images{wish}: lower --resolution") from error
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether it is an allocator's error; the one for the CPU has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
