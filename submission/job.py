@@ -1,5 +1,6 @@
 """The story, top to bottom: a task and a budget go in, a dataset file comes out before the deadline."""
 
+import gc
 import hashlib
 import json
 import math
@@ -280,6 +281,7 @@ def take(work: Work, event: Event) -> None:
         case Ready():
             pass_on(work, event)
             device.ready, device.facts = True, event.facts
+            gc.enable()  # `__main__` says why it was not
             if not work.spool.decoder:
                 work.spool.keep_decoder(event.facts["decoder"])
             device.name, device.node = event.name, event.node
