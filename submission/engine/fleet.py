@@ -215,7 +215,6 @@ class Fleet:
         if self._cluster is None:
             # Other users of this machine reach its ports, too: whoever has no token is refused.
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-            os.environ["RAY_BACKEND_LOG_LEVEL"] = "error"  # it would warn of a network that is not there
         wish = "several devices on this machine" if self._cluster is None else f"--cluster {self._cluster}"
         try:
             import ray  # noqa: PLC0415
