@@ -151,7 +151,8 @@ def build_parser() -> Parser:
         "--cluster",
         type=cluster,
         metavar="ADDRESS",
-        help="join the Ray cluster at HOST:PORT, or auto: the one on this machine, and use all its GPUs, or --devices",
+        help="join the Ray cluster at HOST:PORT, or auto: the one on this machine, and use all its GPUs, or --devices "
+        "(default: none)",
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any (default: auto)"

@@ -335,7 +335,7 @@ def shrink(work: Work, index: int) -> None:
         if work.engine.depth == 1:
             raise error
         lose(work, index, error, again=False)
-    elif len(numbers) >= device.batch.current:  # the one behind it was asked for before this was known
+    elif len(numbers) <= device.batch.current:  # the one behind it was asked for before this was known
         device.batch.out_of_memory()
         work.log.warn(f"out of memory: batches of {device.batch.current} from now on")
 
