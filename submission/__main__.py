@@ -11,8 +11,8 @@ PROCESS_START = time.time() - time.process_time()  # what the interpreter itself
 # two cores the embedded model makes 130 images/s so, and 21 with the default; with the cores to itself, 313 and 353.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
-# Libraries make objects by the million while they are imported, and none of them is garbage: looking for it took a fifth
-# of the time. The job has it looked for again once its model is loaded.
+# Libraries make objects by the million while they are imported, and none of them is garbage: looking for it took a
+# fifth of the time. The job has it looked for again once its model is loaded.
 gc.disable()
 
 from submission.cli import main  # noqa: E402

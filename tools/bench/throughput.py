@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="as for the job (default: auto)",
     )
+    parser.add_argument("--compile", action="store_true", help="also measure networks that are compiled, last")
     parser.add_argument("--turns", type=number_from(1), default=5, metavar="N", help="turns a side (default: 5)")
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)"
@@ -105,6 +106,8 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     final = projected(cheap)
     batch = options.batch_size or settle(final, log)
     sides = list(all_sides(checkpoint.path, generator, cheap, final, batch, log))
+    if options.compile:
+        sides.append(compiled(final, batch, log))
     rates: dict[str, list[float]] = {side.name: [] for side in sides}
     memory: dict[str, int] = {}
     for turn in range(options.turns + 1):  # the first one warms up
@@ -192,6 +195,18 @@ def all_sides(
     classes = len(generator.task.classes)
     yield Side("+ copies in batches", batch, ours(cheap, partial(copies_in_batches, classes)))
     yield Side("+ prompts projected once", batch, ours(final, partial(copies_in_batches, classes)))
+
+
+def compiled(final: Generator, batch: int, log: Log) -> Side:
+    """Ours by compiled networks of its own, since the other sides share theirs."""
+    ours = replace(final, sampler=replace(final.sampler, unet=copy.deepcopy(final.sampler.unet)))
+    pipeline.compile_blocks(ours.sampler.unet)
+    if ours.decoder.rung == "vae":
+        ours.vae = copy.deepcopy(final.vae)
+        pipeline.compile_vae(ours.vae)
+        ours.decoder = full_decoder(ours.vae, ours.task.size)
+    copies = partial(copies_in_batches, len(ours.task.classes))
+    return Side("+ networks compiled", batch, lambda numbers: copies(ours.images(numbers, log), numbers))
 
 
 def published(path: Path, generator: Generator, vae: Any) -> Callable[[NDArray[np.int64]], None]:
