@@ -7,15 +7,19 @@ import math
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from submission import checkpoint as checkpoints
 from submission.batch_size import BatchSize
 from submission.budget import Budget, Scheduler, Shape
 from submission.checkpoint import Checkpoint
+from submission.dataset_file import write_dataset
 from submission.device import choose_devices
 from submission.devices import Device
 from submission.engine import Event, Failed, Load, Made, NoMemoryError, Ready, first_line
@@ -83,6 +87,8 @@ def run(config: JobConfig, budget: Budget, log: Log, guard: Guard) -> None:
             shape = shape_that_fits(config, spool, log)
             digests = Digests(checkpoint)
             engine.load(loader(config, checkpoint, engine, spool), lambda: budget.left)
+            if engine.depth > 1:
+                try_writing(config)
             scheduler, queue = start_scheduler(config, shape, budget, spool)
             scheduler.afterwards += engine.seconds_to_close
             work = Work(config, checkpoint, digests, engine, spool, queue, scheduler, log)
@@ -168,6 +174,15 @@ def identity(config: JobConfig, checkpoint: Checkpoint) -> dict[str, str]:
 
 def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+
+
+def try_writing(config: JobConfig) -> None:
+    """Writes a file of noise and throws it away, while devices load: the first use of some libraries takes a second,
+    which would otherwise pass for the cost of a file. With one device, loading it has used them."""
+    classes, size = len(config.task.classes), config.task.size
+    noise = np.random.default_rng(0).integers(0, 256, (1, classes, 3, size, size), dtype=np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(Path(folder) / "noise.pt", noise, config.recipe(config.shape.extent(1)), alone=False)
 
 
 def start_scheduler(config: JobConfig, shape: Shape, budget: Budget, spool: Spool) -> tuple[Scheduler, ImageQueue]:
