@@ -32,7 +32,7 @@ several_devices() {
         --cluster | --cluster=*) return 0 ;;
         --devices=*) wanted=${1#*=} ;;
         --devices) wanted=${2:-auto} ;;
-        --device=cpu) wanted=1 ;;
+        --device=cpu) [[ $wanted == auto ]] && wanted=1 ;;
         --device) [[ ${2:-} == cpu && $wanted == auto ]] && wanted=1 ;;
         esac
         shift

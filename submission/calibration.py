@@ -30,10 +30,12 @@ from submission.errors import UsageError
 from submission.generator import Generator
 from submission.progress import Log
 
-# Images to fit to, and others to measure on: the most whose making takes no more than this share of the time left, or
-# else the fewest.
+# Images to fit to, and others to measure on: the most with which all of it takes no more than this share of the time
+# left, or else the fewest.
 SAMPLES = ((64, 16), (8, 4))
 SAMPLING_SHARE = 0.03
+# Steps of training that are timed beforehand.
+TRIED_STEPS = 5
 # Images made at a time on a GPU, which a single one would leave idle.
 GPU_SAMPLES = 8
 # What a mean square error of 1, where pixels reach from 0 to 1, would cost in doublings of the images per class.
@@ -63,16 +65,17 @@ def choose_decoder(
     wanted: Rung | Literal["auto"],
     tiny: Any | None,
     *,
-    fitted_to: int | None = None,
     left: float,
     cap: int,
+    devices: int = 1,
     log: Log,
 ) -> Decoder:
-    """The rung that is wanted or, with `auto`, the one that is worth most in `left` seconds for at most `cap` rounds.
+    """The rung that is wanted or, with `auto`, the one that is worth most in `left` seconds of so many `devices`, for
+    `cap` rounds at most.
 
     `tiny` is the AutoencoderTiny that lies beside the checkpoint, if one does. The generator decodes by its VAE as yet.
-    Which rung is worth most, and how many images it is fitted to, depends on the time; `fitted_to` has it as it was
-    elsewhere. The same images give the same network. Raises UsageError where the wanted rung cannot be had.
+    Which rung is worth most, and how many images it is fitted to, depends on the time. Raises UsageError where the
+    wanted rung cannot be had.
     """
     full, classes = generator.decoder, len(generator.task.classes)
     if wanted == "vae":
@@ -86,30 +89,28 @@ def choose_decoder(
     samples = [next(drawing), next(drawing)]
     sampling, decoding = samples[1].sampling, samples[1].decoding  # the first of everything is slow
     each = sampling + decoding
-    if wanted == "auto" and left >= each * classes * cap:
+    if wanted == "auto" and devices * left >= each * classes * cap:
         log.say(f"decoder: vae (there is time for all {cap} images per class by it)")
         return full
-    fitting = (n for n in SAMPLES if (n[0] == fitted_to if fitted_to else sum(n) * each <= SAMPLING_SHARE * left))
-    fitted, held_out = next(fitting, SAMPLES[-1])
-    takes = (fitted + held_out) * each
+    training = STEPS * _seconds_of_a_step(*gather(samples, drawing, 0))
+    affordable = (n for n in SAMPLES if sum(n) * each + training <= SAMPLING_SHARE * left)
+    fitted, held_out = next(affordable, SAMPLES[-1])
+    takes = (fitted + held_out) * each + training
     if wanted == "auto" and not pays_back(takes, each / sampling, left):
         log.warn(f"no time to look for a faster decoder than the VAE: it would take about {takes:.0f} s")
         return full
-    while sum(len(sample.latents) for sample in samples) < fitted + held_out:
-        samples.append(next(drawing))
-    latents = torch.cat([sample.latents for sample in samples])
-    pixels = torch.cat([sample.pixels for sample in samples])
+    latents, pixels = gather(samples, drawing, fitted + held_out)
     if not is_sound(pixels).all():
         log.warn("no decoder could be measured, since the VAE's own images are broken: the VAE stays")
         return full
     fidelity: dict[Rung, float] = {}
-    best, most = full, worth(left / (each * classes), cap, math.inf)
+    best, most = full, worth(devices * left / (each * classes), cap, math.inf)
     for rung in rungs(wanted, tiny, latents[:fitted], pixels[:fitted]):
         canvases(rung, latents[fitted:])
         began = time.perf_counter()
         fidelity[rung.rung] = psnr(canvases(rung, latents[fitted:]), pixels[fitted:])
         pace = sampling + (time.perf_counter() - began) / len(latents[fitted:])
-        value = worth(left / (pace * classes), cap, fidelity[rung.rung])
+        value = worth(devices * left / (pace * classes), cap, fidelity[rung.rung])
         if rung.rung == wanted or value > most:
             best, most = rung, value
     told = ", ".join(f"{name} {decibels:.1f} dB" for name, decibels in fidelity.items())
@@ -117,18 +118,41 @@ def choose_decoder(
     return replace(best, fidelity=fidelity, fitted_to=fitted if best.rung in ("linear", "distilled") else 0)
 
 
+def gather(samples: list[Sample], drawing: Iterator[Sample], count: int) -> tuple[Tensor, Tensor]:
+    """Latents and pixels of at least so many images: of these samples, and of as many more as it takes."""
+    while sum(len(sample.latents) for sample in samples) < count:
+        samples.append(next(drawing))
+    return torch.cat([sample.latents for sample in samples]), torch.cat([sample.pixels for sample in samples])
+
+
+def _seconds_of_a_step(latents: Tensor, pixels: Tensor) -> float:
+    """What a step of a network's training takes: the difference of one and of a few more, once warm."""
+    seconds = []
+    for steps in (1, 1, 1 + TRIED_STEPS):
+        began = time.perf_counter()
+        fit_student(latents, pixels, steps)
+        seconds.append(time.perf_counter() - began)
+    return max(0.0, seconds[2] - seconds[1]) / TRIED_STEPS
+
+
 def draw(generator: Generator, log: Log) -> Iterator[Sample]:
-    """Images of classes far apart, without end."""
+    """Images of classes far apart, without end; fewer at a time where they do not fit into a GPU's memory."""
     stride = max(1, len(generator.task.classes) // sum(SAMPLES[0]))
     group = GPU_SAMPLES if generator.sampler.device.type == "cuda" else 1
     first = 0
     while True:
         began = time.perf_counter()
-        latents = generator.latents(
-            stride * np.arange(first, first + group), log
-        ).clone()  # no more for inference alone
-        between = time.perf_counter()
-        pixels = canvases(generator.decoder, latents)
+        try:
+            # A copy may be trained on, which what inference mode makes may not.
+            latents = generator.latents(stride * np.arange(first, first + group), log).clone()
+            between = time.perf_counter()
+            pixels = canvases(generator.decoder, latents)
+        except torch.OutOfMemoryError:
+            if group == 1:
+                raise
+            group //= 2
+            torch.cuda.empty_cache()
+            continue
         ended = time.perf_counter()
         yield Sample(latents, pixels, (between - began) / group, (ended - between) / group)
         first += group

@@ -111,8 +111,8 @@ def build_parser() -> Parser:
         "--decoder",
         choices=("auto", "linear", "distilled", "tiny", "vae"),
         default="auto",
-        help="latents to pixels: a map or a small network fitted to the VAE, a tiny autoencoder beside the checkpoint, "
-        "the VAE itself; auto takes what the measured pace and fidelity make worth most (default: auto)",
+        help="latents to pixels: a small network fitted to the VAE at once or trained for seconds, a tiny autoencoder "
+        "beside the checkpoint, the VAE itself; auto takes what pace and fidelity make worth most (default: auto)",
     )
     parser.add_argument(
         "--max-ipc", type=number_from(1), metavar="N", help="most images a class in the file (default: the task's, 500)"

@@ -85,7 +85,13 @@ class Device:
             if known and pays_back(COMPILE_SECONDS, COMPILE_GAIN, generating):
                 self.eager, self.compiled, self.compiles = self.pace.mean, True, True
         elif self.compiled and self.pace.batches >= PACE_BATCHES and self.pace.mean > self.eager:
+            if any(batch.compiles for batch in self.in_hand):
+                return  # the pace is still the one before
             self.compiled, self.pace = False, Pace(self.eager)
+
+    def forget_compiling(self) -> None:
+        """It runs as it is, in a process of its own that has begun anew, or because the compiled batch does not fit."""
+        self.compiled = self.compiles = False
 
     def give(self, numbers: NDArray[np.int64], now: float, *, disturbed: bool = False) -> None:
         """Puts images into its hands at second `now` of the budget."""

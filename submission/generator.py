@@ -40,6 +40,10 @@ class Generator:
         """The images of those numbers [n] as uint8 [n, 3, size, size] on the CPU. Raises CheckpointError."""
         latents = self.latents(numbers, log)
         pixels, sound = decode(self.decoder, latents)
+        if not sound.all() and self.decoder.rung != "vae":
+            self._count(sound, f"the decoder {self.decoder.rung}: the VAE decodes from now on", log)
+            self.decoder = full_decoder(self.vae, self.task.size)
+            pixels, sound = decode(self.decoder, latents)
         if not sound.all() and self.vae.dtype != torch.float32:
             self._count(sound, f"the VAE in {_name(self.vae.dtype)}: decoding in float32 from now on", log)
             self.vae.float()

@@ -9,7 +9,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from submission.engine.alone import Alone
 from submission.engine.fleet import Fleet
 from submission.engine.maker import Loading, load_elsewhere, load_maker
 from submission.errors import BankoError, BudgetError, CheckpointError, OutputError, UsageError
-from submission.estimates import FileCost
+from submission.estimates import Extent, FileCost
 from submission.finish import (
     REPORT_SHARE,
     collect_snapshot,
@@ -123,7 +124,8 @@ def loader(config: JobConfig, checkpoint: Checkpoint, engine: Alone | Fleet, spo
     """What a device does to get ready, in its own process; a run that is resumed has chosen its decoder."""
     embedded = checkpoint.path == checkpoints.EMBEDDED
     label = checkpoints.fingerprint(checkpoint)
-    loading = Loading(config, checkpoint, label, embedded, engine.kind, engine.cores, engine.sharing, spool.decoder)
+    loading = Loading(config, checkpoint, label, embedded, engine.kind, engine.cores, engine.sharing, engine.count)
+    loading = replace(loading, decoder=spool.decoder, network=spool.network)
     return partial(load_maker if isinstance(engine, Alone) else load_elsewhere, loading)
 
 
@@ -181,8 +183,8 @@ def try_writing(config: JobConfig) -> None:
     which would otherwise pass for the cost of a file. With one device, loading it has used them."""
     classes, size = len(config.task.classes), config.task.size
     noise = np.random.default_rng(0).integers(0, 256, (1, classes, 3, size, size), dtype=np.uint8)
-    with tempfile.TemporaryDirectory() as folder:
-        write_dataset(Path(folder) / "noise.pt", noise, config.recipe(config.shape.extent(1)), alone=False)
+    with suppress(OSError, OutputError), tempfile.TemporaryDirectory(dir=config.output) as folder:
+        write_dataset(Path(folder) / "noise.pt", noise, config.recipe(Extent(1, 1)), alone=False)
 
 
 def start_scheduler(config: JobConfig, shape: Shape, budget: Budget, spool: Spool) -> tuple[Scheduler, ImageQueue]:
@@ -283,7 +285,7 @@ def supply(work: Work) -> None:
             if not device.ready or len(device.in_hand) != depth or (depth and device.in_hand[0].late_at < now):
                 continue
             if (size := scheduler.next_batch(device)) and len(numbers := work.queue.take(size)):
-                if work.config.compiles and work.engine.kind == "cuda":
+                if work.config.compiles and work.engine.kind == "cuda" and len(numbers) == device.batch.current:
                     device.consider_compiling(scheduler.plan().generate)
                 device.give(numbers, now, disturbed=writing)
                 work.engine.ask(index, numbers, disturbed=writing, compiled=device.compiled)
@@ -298,7 +300,7 @@ def take(work: Work, event: Event) -> None:
             device.ready, device.facts = True, event.facts
             gc.enable()  # `__main__` says why it was not
             if not work.spool.decoder:
-                work.spool.keep_decoder(event.facts["decoder"])
+                work.spool.keep_decoder(event.facts["decoder"], event.network)
             device.name, device.node = event.name, event.node
             device.loading = event.seconds
             if work.engine.depth > 1:
@@ -344,6 +346,7 @@ def shrink(work: Work, index: int) -> None:
     """A batch did not fit into memory: from now on they are half as large. Raises UsageError for a batch of one."""
     device = work.scheduler.devices[index]
     numbers = device.took(work.scheduler.budget.elapsed).numbers
+    device.forget_compiling()
     work.queue.give_back(numbers)
     if len(numbers) == 1:
         error = UsageError(f"no memory for even one image at {device.facts['resolution']} px: lower --resolution")
@@ -368,6 +371,7 @@ def lose(work: Work, index: int, error: Exception, *, again: bool = True) -> Non
             work.queue.give_back(batch.numbers)
     lost = sum(len(batch.numbers) for batch in device.in_hand)
     device.in_hand.clear()
+    device.forget_compiling()
     work.engine.stop(index)
     if work.engine.depth == 1:
         device.dropped = True

@@ -219,9 +219,11 @@ def compile_vae(vae: Any) -> None:
 
 
 def undo_compilation(network: Any) -> None:
-    """Has a network's modules computed as they are again."""
+    """Has a network's modules computed as they are again, on a GPU with channels first."""
     for module in network.modules():
         vars(module).pop("forward", None)
+    if network.device.type == "cuda":
+        network.to(memory_format=torch.contiguous_format)
 
 
 def draw_noise(seed: int, classes: Sequence[int], rounds: Sequence[int], side: int) -> Tensor:

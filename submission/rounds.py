@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from submission.errors import OutputError, UsageError
-from submission.manifest import write_json
+from submission.manifest import write_json, write_whole
 
 NUMBER_BYTES, CHECKSUM_BYTES = 4, 4
 # Bytes read at a time to check a record, which may be gigabytes long.
@@ -26,7 +26,7 @@ PIECE = 1 << 20
 
 
 # The spool's files in its folder: rounds, and how they are decoded.
-RECORDS, DECODER = "rounds.u8", "decoder.json"
+RECORDS, DECODER, NETWORK = "rounds.u8", "decoder.json", "decoder.safetensors"
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,18 @@ class Spool:
             return None
         return found if isinstance(found, dict) and {"name", "fitted_to"} <= set(found) else None
 
-    def keep_decoder(self, decoder: Mapping[str, Any]) -> None:
+    @property
+    def network(self) -> bytes | None:
+        """The network that its rounds were decoded with, where one was fitted."""
+        try:
+            return (self.folder / NETWORK).read_bytes()
+        except OSError:
+            return None
+
+    def keep_decoder(self, decoder: Mapping[str, Any], network: bytes | None) -> None:
         """Has a run that is resumed decode as this one does. Raises OutputError."""
+        if network:
+            write_whole(self.folder / NETWORK, network)
         write_json(self.folder / DECODER, decoder)
 
     def __contains__(self, number: int) -> bool:

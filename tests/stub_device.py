@@ -24,6 +24,8 @@ def picture(number: int) -> NDArray[np.uint8]:
 
 
 class StubMaker:
+    network = None
+
     def __init__(self, seconds: float, like: Facts | None) -> None:
         self.seconds = seconds
         self.dtype = like["unet_dtype"] if like else f"the type of process {os.getpid()}"
@@ -47,10 +49,10 @@ class StubMaker:
         return images, True, 1.0
 
 
-def load(seconds_left: float, like: Facts | None, log: Log) -> StubMaker:
+def load(seconds_left: float, like: Facts | None, network: bytes | None, log: Log) -> StubMaker:
     log.say("a stub is loaded")
     return StubMaker(float(os.environ.get("STUB_SECONDS", "0.3")), like)
 
 
-def load_nothing(seconds_left: float, like: Facts | None, log: Log) -> StubMaker:
+def load_nothing(seconds_left: float, like: Facts | None, network: bytes | None, log: Log) -> StubMaker:
     raise CheckpointError("/weights/unet is missing")

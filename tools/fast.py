@@ -40,7 +40,7 @@ def probe(net: ConvNet, batch_size: int) -> Arithmetic:
     images = torch.zeros(batch_size, 3, net.size, net.size, device=device)
     try:
         make_forward(net, batch_size, arithmetic)(images).sum().backward()  # type: ignore[no-untyped-call]
-    except torch._dynamo.exc.BackendCompilerFailed:  # looked up late: to import it takes as long as torch
+    except torch._dynamo.exc.TorchDynamoException:  # looked up late: to import it takes as long as torch
         return Arithmetic(compiled=False, bf16=bf16)
     return arithmetic
 
@@ -63,8 +63,9 @@ def make_forward(net: ConvNet, batch_size: int, arithmetic: Arithmetic) -> Calla
 
 
 def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
-    """The best of a few times for a product of two 512 x 512 matrices."""
-    matrix = torch.ones(512, 512, dtype=dtype, device=device)
+    """The best of a few times for a product of two square matrices, large ones on a GPU, where small take no time."""
+    size = 4096 if device.type == "cuda" else 512
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
     seconds = []
     for _ in range(5):
         started = time.perf_counter()

@@ -9,19 +9,21 @@ from torch import Tensor
 ORDINARY_CALLS = 3  # before the recording, on a stream of their own: libraries choose their kernels, optimisers begin
 
 
-def recorded(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def recorded(function: Callable[..., Any], device: torch.device, pool: Any = None) -> Callable[..., Any]:
     """The function, on a GPU replayed from a recording of its fourth call; every call has its full effect.
 
     Args:
         function: takes tensors on the device, of the same shapes at every call, and must not wait for the GPU. What it
             returns, a tensor or a tuple of them, is written over by the next call.
+        pool: memory that recordings may share which are never replayed at the same time, of
+            `torch.cuda.graph_pool_handle()`; None: one of its own.
     """
-    return _Recorded(function) if device.type == "cuda" else function
+    return _Recorded(function, pool) if device.type == "cuda" else function
 
 
 class _Recorded:
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(self, function: Callable[..., Any], pool: Any) -> None:
+        self.function, self.pool = function, pool
         self.ordinary = ORDINARY_CALLS
         self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -39,7 +41,7 @@ class _Recorded:
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
             self.inputs = [given.clone() for given in inputs]
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, pool=self.pool):
                 self.output = self.function(*self.inputs)
         for kept, given in zip(self.inputs, inputs, strict=True):
             kept.copy_(given)

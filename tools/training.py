@@ -125,7 +125,8 @@ def train(
         batches: list[tuple[int, Measure]] = []
         unread: list[tuple[int, torch.Tensor]] = []
         for indices in order:
-            inputs, targets = images[indices].to(device, torch.float32), labels[indices].to(device)
+            chosen = _sent(indices, images.device)
+            inputs, targets = images[chosen].to(device, torch.float32), labels[chosen].to(device)
             operation, others = dsa.draw(len(indices))
             found = step(operation, inputs, targets, *others, record=len(indices) == full_size)
             unread.append((len(indices), found))
@@ -149,24 +150,39 @@ class _Stepper:
     ) -> None:
         self._forward, self._optimiser, self._device = forward, optimiser, device
         self._recorded: dict[dsa.Operation, Callable[..., torch.Tensor]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def __call__(
         self, operation: dsa.Operation, images: torch.Tensor, labels: torch.Tensor, *others: torch.Tensor, record: bool
     ) -> torch.Tensor:
-        step: Callable[..., torch.Tensor] = partial(self._step, operation)
+        # Of a function that knows nothing of this object: a cycle would keep recordings, and their memory, for long.
+        step: Callable[..., torch.Tensor] = partial(_step, self._forward, self._optimiser, operation)
         if record:
-            step = self._recorded.setdefault(operation, recorded(step, self._device))
-        return step(images, labels, *(other.to(self._device) for other in others)).clone()
+            if operation not in self._recorded:
+                self._recorded[operation] = recorded(step, self._device, self._pool)
+            step = self._recorded[operation]
+        return step(images, labels, *(_sent(other, self._device) for other in others)).clone()
 
-    def _step(
-        self, operation: dsa.Operation, images: torch.Tensor, labels: torch.Tensor, *others: torch.Tensor
-    ) -> torch.Tensor:
-        self._optimiser.zero_grad()
-        logits = self._forward(operation(images, *others))
-        loss = F.cross_entropy(logits, labels)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._optimiser.step()
-        return torch.stack([loss.detach(), (logits.argmax(dim=1) == labels).float().mean()])
+
+def _step(
+    forward: Callable[[torch.Tensor], torch.Tensor],
+    optimiser: torch.optim.SGD,
+    operation: dsa.Operation,
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    *others: torch.Tensor,
+) -> torch.Tensor:
+    optimiser.zero_grad()
+    logits = forward(operation(images, *others))
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimiser.step()
+    return torch.stack([loss.detach(), (logits.argmax(dim=1) == labels).float().mean()])
+
+
+def _sent(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Numbers from the CPU on the device. A GPU is not waited for, as it would be if they lay in ordinary memory."""
+    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
 
 def _read(

@@ -18,13 +18,15 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Ready:
-    """A device has its generator loaded, which took so many seconds; what it `said` on the way (`Log.kept`)."""
+    """A device has its generator loaded, which took so many seconds, and maybe a `network` fitted to decode with; what
+    it `said` on the way (`Log.kept`)."""
 
     device: int
     name: str
     node: str
     facts: Facts
     seconds: float
+    network: bytes | None = None
     said: Sequence[tuple[str, str]] = ()
 
 
@@ -67,6 +69,9 @@ class Maker(Protocol):
     `Made.crowding`. It raises NoMemoryError, CheckpointError, and RuntimeError where the device fails.
     """
 
+    @property
+    def network(self) -> bytes | None: ...
+
     def facts(self) -> Facts: ...
 
     def make(
@@ -74,9 +79,9 @@ class Maker(Protocol):
     ) -> tuple[NDArray[np.uint8], bool, float]: ...
 
 
-# Loads a generator inside so many seconds of the budget, in the manner of the device with these facts or, with None, in
-# its own. Raises UsageError and CheckpointError.
-Load = Callable[[float, Facts | None, Log], Maker]
+# Loads a generator inside so many seconds of the budget, in the manner of the device with these facts and network or,
+# with None, in its own. Raises UsageError and CheckpointError.
+Load = Callable[[float, Facts | None, bytes | None, Log], Maker]
 
 
 def manner(facts: Facts) -> tuple[object, ...]:

@@ -26,9 +26,10 @@ class Alone:
 
     def load(self, load: Load, seconds_left: Callable[[], float]) -> None:
         began = time.perf_counter()
-        self._maker = load(seconds_left(), None, self._log)
+        self._maker = load(seconds_left(), None, None, self._log)
         seconds = time.perf_counter() - began
-        self._events = [Ready(0, self.kind, socket.gethostname(), self._maker.facts(), seconds)]
+        ready = Ready(0, self.kind, socket.gethostname(), self._maker.facts(), seconds, self._maker.network)
+        self._events = [ready]
 
     def ask(self, device: int, numbers: NDArray[np.int64], *, disturbed: bool, compiled: bool) -> None:
         self._asked = numbers, disturbed, compiled

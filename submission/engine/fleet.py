@@ -58,18 +58,22 @@ class Actor:
         self._log = Log("kept", start_budget(0))
         self._maker: Maker | None = None
 
-    def load(self, device: int, kind: str, seconds_left: float, like: Facts | None) -> Ready | Failed:
+    def load(
+        self, device: int, kind: str, seconds_left: float, like: Facts | None, network: bytes | None
+    ) -> Ready | Failed:
         import ray  # noqa: PLC0415
 
         began = time.perf_counter()
+        self._maker = None  # what it has loaded before makes room
         try:
-            self._maker = self._load(seconds_left, like, self._log)
+            self._maker = self._load(seconds_left, like, network, self._log)
         except BankoError as error:
             return Failed(device, type(error)(f"on node {socket.gethostname()}: {error}"))
         gpus = ray.get_gpu_ids()
         name = f"cuda:{gpus[0]}" if gpus else f"{kind}:{device}"
         seconds = time.perf_counter() - began
-        return Ready(device, name, socket.gethostname(), self._maker.facts(), seconds, self._said())
+        node, facts = socket.gethostname(), self._maker.facts()
+        return Ready(device, name, node, facts, seconds, self._maker.network, self._said())
 
     def make(
         self, device: int, numbers: NDArray[np.int64], driver: str, *, disturbed: bool, compiled: bool
@@ -122,6 +126,7 @@ class Fleet:
         self._load: Load | None = None
         self._seconds_left: Callable[[], float] = lambda: 0.0
         self._like: Facts | None = None
+        self._network: bytes | None = None
         self._looked_at = 0.0
         self._folder: Path | None = None
         self._heart: list[psutil.Process] = []
@@ -323,7 +328,7 @@ class Fleet:
 
     def _ask_to_load(self, index: int) -> None:
         member = self._members[index]
-        member.refs.append(member.handle.load.remote(index, self.kind, self._seconds_left(), self._like))
+        member.refs.append(member.handle.load.remote(index, self.kind, self._seconds_left(), self._like, self._network))
 
     def _outcome(self, index: int, ref: Any) -> Event | None:
         """What has become of something that a device was asked for; None where it is asked once more."""
@@ -337,8 +342,9 @@ class Fleet:
             cause = getattr(error, "cause", None) or error  # what an actor did not catch
             return Failed(index, RuntimeError(textwrap.shorten(first_line(cause), 120, placeholder=" ...")))
         if isinstance(event, Ready):
-            self._like = self._like or event.facts
-            if manner(event.facts) != manner(self._like):
+            if self._like is None:
+                self._like, self._network = event.facts, event.network
+            if event.network != self._network or manner(event.facts) != manner(self._like):
                 self._members[index].loaded += 1
                 if self._members[index].loaded > 1:
                     return Failed(index, UsageError(f"it makes images as {manner(event.facts)}, unlike the others"))

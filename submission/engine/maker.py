@@ -1,6 +1,7 @@
 """A device and the generator on it: what the job's own process and an actor of Ray both use."""
 
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,9 +15,10 @@ from submission import pipeline
 from submission.calibration import choose_decoder
 from submission.checkpoint import EMBEDDED, Checkpoint, fingerprint, inspect
 from submission.crowding import Crowding
+from submission.decoder import load_student, save_student
 from submission.device import choose_device
 from submission.engine import Facts, NoMemoryError, first_line
-from submission.errors import CheckpointError, UsageError
+from submission.errors import BankoError, CheckpointError, UsageError
 from submission.generator import Generator, load_generator
 from submission.needs import room_for_projections
 from submission.progress import Log
@@ -27,8 +29,8 @@ from submission.working_memory import WorkingMemory
 @dataclass(frozen=True)
 class Loading:
     """What a device loads. It is a GPU or, with `kind` cpu, so many `threads` (None: all there are); `sharing` devices
-    share a machine's memory. `label` is the fingerprint of the checkpoint, `embedded` whether that comes with the code.
-    `decoder` is what a run before has chosen, in the manifest's words.
+    share a machine's memory, and there are so many `devices` in all. `label` is the fingerprint of the checkpoint,
+    `embedded` whether that comes with the code. `decoder` and `network` are what a run before has chosen and fitted.
     """
 
     config: JobConfig
@@ -38,12 +40,15 @@ class Loading:
     kind: str
     threads: int | None = None
     sharing: int = 1
+    devices: int = 1
     decoder: Mapping[str, Any] | None = None
+    network: bytes | None = None
 
 
 @dataclass
 class GeneratorMaker:
-    """A generator, and how its process is doing. Once compiled, it makes batches of the size `compiled` alone."""
+    """A generator, and how its process is doing. Once compiled, it makes batches of the size `compiled` alone; where
+    that has failed, it `refuses` to be."""
 
     generator: Generator
     device: torch.device
@@ -51,6 +56,11 @@ class GeneratorMaker:
     memory: WorkingMemory
     crowding: Crowding
     compiled: int = 0
+    refuses: bool = False
+
+    @property
+    def network(self) -> bytes | None:
+        return save_student(self.generator.decoder)
 
     def facts(self) -> Facts:
         generator, cuda = self.generator, self.device.type == "cuda"
@@ -61,7 +71,7 @@ class GeneratorMaker:
             "unet_dtype": str(generator.sampler.dtype),
             "decoder": {
                 "name": generator.decoder.rung,
-                "dtype": str(generator.vae.dtype),
+                "dtype": str(torch.float32 if generator.decoder.student else generator.vae.dtype),
                 "fidelity_db": dict(generator.decoder.fidelity),
                 "fitted_to": generator.decoder.fitted_to,
             },
@@ -74,6 +84,7 @@ class GeneratorMaker:
     def make(
         self, numbers: NDArray[np.int64], *, disturbed: bool, compiled: bool
     ) -> tuple[NDArray[np.uint8], bool, float]:
+        compiled = compiled and not self.refuses
         if compiled != bool(self.compiled):
             self._compile(len(numbers) if compiled else 0)
         try:
@@ -81,7 +92,7 @@ class GeneratorMaker:
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
-            self._compile(0)
+            self._refuse()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
             raise NoMemoryError from error
@@ -94,11 +105,19 @@ class GeneratorMaker:
         filled = np.append(numbers, np.repeat(numbers[-1:], max(0, self.compiled - len(numbers))))
         try:
             images: NDArray[np.uint8] = self.generator.images(filled, self.log).numpy()
-        except torch._dynamo.exc.TorchDynamoException as error:  # looked up late: to import it takes as long as torch
-            self._compile(0)
+        except Exception as error:
+            # Of many classes: the compiler's, and of what tunes kernels when they first run.
+            if not self.compiled or out_of_memory(error) or isinstance(error, BankoError):
+                raise
+            self._refuse()
             self.log.warn(f"torch cannot compile the model here ({first_line(error)}): it runs as it is")
             images = self.generator.images(filled, self.log).numpy()
         return images[: len(numbers)]
+
+    def _refuse(self) -> None:
+        if self.compiled:
+            self._compile(0)
+            self.refuses = True
 
     def _compile(self, batch: int) -> None:
         """Has the networks compiled for batches of that size or, with 0, computed as they are."""
@@ -112,17 +131,22 @@ class GeneratorMaker:
             pipeline.compile_vae(generator.vae)
 
 
-def load_maker(loading: Loading, seconds_left: float, like: Facts | None, log: Log) -> GeneratorMaker:
-    """Loads the generator onto this process's device, in the manner of the device whose facts these are.
+def load_maker(
+    loading: Loading, seconds_left: float, like: Facts | None, network: bytes | None, log: Log
+) -> GeneratorMaker:
+    """Loads the generator onto this process's device, in the manner of the device whose facts and fitted `network`
+    (`Decoder.student`) these are.
 
     Raises UsageError and CheckpointError.
     """
     config, device = loading.config, choose_device(loading.kind)
     if loading.threads:
         torch.set_num_threads(loading.threads)
-    checkpoint = loading.checkpoint
+    checkpoint, began = loading.checkpoint, time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of what it has loaded before, which would count as taken
     dtype = getattr(torch, like["unet_dtype"].removeprefix("torch.")) if like else pipeline.choose_dtype(device)
-    chosen = like["decoder"] if like else loading.decoder
+    chosen, network = (like["decoder"], network) if like else (loading.decoder, loading.network)
     with lack_of_memory_said(config):
         generator = load_generator(
             config.task,
@@ -136,19 +160,24 @@ def load_maker(loading: Loading, seconds_left: float, like: Facts | None, log: L
             project_prompts=room_for_projections(config, checkpoint, device, dtype, loading.sharing, log),
         )
         with log.phase("choose decoder"):
-            generator.decoder = choose_decoder(
-                generator,
-                chosen["name"] if chosen else config.decoder,
-                pipeline.load_tiny(checkpoint, device, generator.vae.dtype),
-                fitted_to=chosen["fitted_to"] if chosen else None,
-                left=seconds_left,
-                cap=config.cap,
-                log=log,
-            )
+            if chosen and network:
+                generator.decoder = load_student(network, chosen["name"], chosen["fitted_to"], config.task.size, device)
+            else:
+                generator.decoder = choose_decoder(
+                    generator,
+                    chosen["name"] if chosen else config.decoder,
+                    pipeline.load_tiny(checkpoint, device, generator.vae.dtype),
+                    left=seconds_left - (time.perf_counter() - began),
+                    cap=config.cap,
+                    devices=loading.devices,
+                    log=log,
+                )
     return GeneratorMaker(generator, device, log, WorkingMemory.watch(), Crowding())
 
 
-def load_elsewhere(loading: Loading, seconds_left: float, like: Facts | None, log: Log) -> GeneratorMaker:
+def load_elsewhere(
+    loading: Loading, seconds_left: float, like: Facts | None, network: bytes | None, log: Log
+) -> GeneratorMaker:
     """Loads the generator in a process of another machine, as it may be: it has to see the same checkpoint.
 
     Raises UsageError and CheckpointError.
@@ -161,7 +190,7 @@ def load_elsewhere(loading: Loading, seconds_left: float, like: Facts | None, lo
         raise CheckpointError(f"{error}: put the checkpoint at the same path there, or on a shared disk") from error
     if label != loading.label:
         raise CheckpointError(f"{path} holds another checkpoint there: copy the one of the driver's machine")
-    return load_maker(replace(loading, checkpoint=checkpoint), seconds_left, like, log)
+    return load_maker(replace(loading, checkpoint=checkpoint), seconds_left, like, network, log)
 
 
 @contextmanager

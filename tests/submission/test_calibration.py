@@ -78,6 +78,12 @@ def test_where_the_vae_reaches_the_cap_it_stays(log: Log) -> None:
     assert choose(generator, log, cap=2).rung == "vae" and len(generator.asked) == 2
 
 
+def test_several_devices_reach_the_cap_by_the_vae(log: Log) -> None:
+    generator: Any = SlowGenerator(sampling=0.005, decoding=0.04)
+    chosen = choose_decoder(generator, "auto", None, left=600.0, cap=500, devices=8, log=log)
+    assert chosen.rung == "vae"
+
+
 def test_an_unfaithful_student_is_not_taken_for_a_little_time(log: Log) -> None:
     def noise(latents: torch.Tensor) -> torch.Tensor:
         return (latents * 1e4).sin()

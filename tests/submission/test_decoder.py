@@ -24,7 +24,9 @@ from submission.decoder import (
     decode,
     fit_student,
     full_decoder,
+    load_student,
     psnr,
+    save_student,
     student_decoder,
     tiny_decoder,
 )
@@ -84,6 +86,16 @@ def test_the_same_latents_give_the_same_network_and_leave_the_random_numbers_alo
     first, second = (fit_student(given, truth, steps=5) for _ in range(2))
     assert torch.equal(torch.rand(3), expected)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_a_network_is_the_same_in_another_process(vae: Any) -> None:
+    given = latents(8, 16)
+    made = student_decoder("distilled", fit_student(given, canvases(full_decoder(vae, 8), given), steps=3))
+    network = save_student(made)
+    assert network is not None and save_student(full_decoder(vae, 8)) is None
+    loaded = load_student(network, "distilled", 8, 8, CPU)
+    assert (loaded.rung, loaded.fitted_to) == ("distilled", 8)
+    assert torch.equal(canvases(loaded, given), canvases(made, given))
 
 
 def test_training_brings_it_nearer(vae: Any) -> None:
@@ -196,7 +208,7 @@ def test_decoding_in_parts_and_resizing(vae: Any, monkeypatch: pytest.MonkeyPatc
     full = full_decoder(vae, 8)
     whole, _ = decode(full, latents(5))
     assert whole.shape == (5, 3, 8, 8) and whole.dtype == torch.uint8
-    monkeypatch.setattr(decoder, "PIXELS_A_PASS", 1)
+    monkeypatch.setattr(decoder, "canvases_a_pass", lambda *_: 1)
     parts, _ = decode(full, latents(5))
     assert (whole.int() - parts.int()).abs().max() <= 1
 

@@ -57,6 +57,25 @@ def test_what_turns_out_slower_is_undone_for_good(seconds: float, stays: bool) -
     assert device.compiled == stays
 
 
+def test_a_batch_from_before_does_not_undo_it() -> None:
+    """With two batches in hand, one was asked for before the networks were to be compiled."""
+    device = settled()
+    device.give(np.arange(BATCH), 0.0)
+    device.consider_compiling(1e6)
+    device.give(np.arange(BATCH), 0.0)
+    device.took(1.1 * SECONDS)
+    device.observe(BATCH, 1.1 * SECONDS, 600.0)
+    device.consider_compiling(1e6)
+    assert device.compiled and device.in_hand[0].compiles
+
+
+def test_a_device_that_begins_anew_runs_as_it_is() -> None:
+    device = settled()
+    device.consider_compiling(1e6)
+    device.forget_compiling()
+    assert not make(device, SECONDS) and not device.compiled
+
+
 def test_a_device_that_compiles_is_given_time() -> None:
     device = settled()
     device.consider_compiling(1e6)

@@ -10,6 +10,7 @@ import torch
 from submission import pipeline
 from submission.budget import start_budget
 from submission.checkpoint import inspect
+from submission.decoder import Decoder
 from submission.errors import CheckpointError
 from submission.generator import Generator, load_generator
 from submission.progress import Log
@@ -56,6 +57,13 @@ def test_an_overflowing_unet_is_replaced_by_a_more_precise_one_and_counted(gener
     images = generator.images(np.arange(0, 6), log)
     assert "broken images from the UNet in float16" in log.warnings[0] and generator.regenerated == 6
     assert (images.int() - expected.int()).abs().float().mean() < 2
+
+
+def test_where_a_cheap_decoder_breaks_the_vae_takes_over_and_it_is_said(generator: Generator, log: Log) -> None:
+    expected = generator.images(np.arange(0, 3), log)
+    generator.decoder = Decoder("distilled", 16, lambda latents: latents.new_zeros(len(latents), 3, 16, 16), {})
+    assert torch.equal(generator.images(np.arange(0, 3), log), expected)
+    assert "the decoder distilled: the VAE decodes from now on" in log.warnings[0] and generator.regenerated == 3
 
 
 def test_images_broken_in_full_precision_are_an_error(generator: Generator, log: Log) -> None:

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 
 from submission import pipeline
-from submission.budget import parse_seconds, start_budget
-from submission.calibration import SAMPLES, draw, rungs, worth
+from submission.budget import Budget, parse_seconds, start_budget
+from submission.calibration import SAMPLES, draw, gather, rungs, worth
 from submission.checkpoint import choose
 from submission.cli import number_from
 from submission.decoder import canvases, decode, full_decoder, psnr
 from submission.device import choose_device
-from submission.errors import InputFileError
+from submission.engine import first_line
+from submission.errors import BudgetError, InputFileError, UsageError
 from submission.generator import Generator, load_generator
 from submission.progress import Log
 from submission.tasks import builtin_names, load_task
@@ -82,7 +83,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     for resolution in resolutions:
         sampler = pipeline.at_resolution(generator.sampler, checkpoint, resolution)
         at = replace(generator, resolution=resolution, sampler=sampler)
-        rows.append(measure_resolution(at, tiny, gemm, limit, log))
+        rows.append(measure_resolution(at, tiny, gemm, budget, log))
     for row in rows:
         if budget.left > (1 - COMPILING_SHARE) * limit:
             sampler = pipeline.at_resolution(generator.sampler, checkpoint, row["resolution"])
@@ -102,20 +103,31 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     }
 
 
-def time_to_first_image(options: argparse.Namespace) -> float:
-    """Seconds from the start of a job to its first image. Raises InputFileError where the job fails."""
+def time_to_first_image(options: argparse.Namespace) -> float | None:
+    """Seconds from the start of a job on one device to its first image; None where there is none in `JOB_LIMIT`.
+
+    Raises InputFileError where the job fails.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "submission", options.task, "--output", folder, "--budget", f"{JOB_LIMIT:g}s"]
-        command += ["--model", options.model, "--device", options.device, "--max-ipc", "1"]
-        finished = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+        command += ["--model", options.model, "--device", options.device, "--devices", "1"]
+        path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
+        finished = subprocess.run(
+            command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+        )
+        if finished.returncode == BudgetError.exit_code:
+            return None
         if finished.returncode:
             raise InputFileError(f"{' '.join(command[2:])} failed: {finished.stderr.strip()}")
         manifest = json.loads((Path(folder) / f"{load_task(options.task).name}.json").read_text())
     return float(manifest["first_image_seconds"])
 
 
-def measure_resolution(generator: Generator, tiny: Any | None, gemm: float, limit: float, log: Log) -> dict[str, Any]:
-    """What the UNet makes in batches that double while that pays, and what each rung keeps and makes."""
+def measure_resolution(generator: Generator, tiny: Any | None, gemm: float, budget: Budget, log: Log) -> dict[str, Any]:
+    """What the UNet makes in batches that double while that pays and there is time, and what each rung keeps and makes.
+
+    Raises UsageError where not even one image fits into memory.
+    """
     rates: dict[int, float] = {}
     batch, flop = 1, unet_flop(generator)
     while batch <= LARGEST_BATCH:
@@ -123,10 +135,13 @@ def measure_resolution(generator: Generator, tiny: Any | None, gemm: float, limi
         try:
             step()
             rates[batch] = batch / fastest(step, generator.sampler.device, TRIALS)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
+            if not rates:
+                raise UsageError(f"no memory for even one image at {generator.resolution} px") from error
             torch.cuda.empty_cache()
             break
-        if batch > 1 and rates[batch] < BATCH_GAIN * rates[batch // 2]:
+        slower = batch > 1 and rates[batch] < BATCH_GAIN * rates[batch // 2]
+        if slower or 2 * TRIALS * 2 * batch / rates[batch] > SAMPLING_SHARE * budget.left:
             break
         batch *= 2
     best = max(rates, key=lambda size: rates[size])
@@ -136,7 +151,7 @@ def measure_resolution(generator: Generator, tiny: Any | None, gemm: float, limi
         "unet_images_per_second": rates,
         "batch_size": best,
         "unet_fraction_of_gemm": rates[best] * flop / gemm,
-        "decoders": measure_decoders(generator, tiny, limit, log),
+        "decoders": measure_decoders(generator, tiny, budget.seconds, log),
     }
 
 
@@ -150,14 +165,10 @@ def measure_decoders(
     drawing = draw(generator, log)
     samples = [next(drawing), next(drawing)]
     each = samples[1].sampling + samples[1].decoding
-    counts = next((n for n in SAMPLES if sum(n) * each <= SAMPLING_SHARE * limit), None)
-    fitted = counts[0] if counts else 0
-    while counts and sum(len(sample.latents) for sample in samples) < sum(counts):
-        samples.append(next(drawing))
-    latents = torch.cat([sample.latents for sample in samples])
-    pixels = torch.cat([sample.pixels for sample in samples])
+    fitted, held_out = next((n for n in SAMPLES if sum(n) * each <= SAMPLING_SHARE * limit), (0, 0))
+    latents, pixels = gather(samples, drawing, fitted + held_out)
     found = [full, *(rungs("auto", tiny, latents[:fitted], pixels[:fitted]) if fitted else ())]
-    many = latents.repeat(-(-DECODED // len(latents)), 1, 1, 1)[:DECODED] if counts else latents
+    many = latents.repeat(-(-DECODED // len(latents)), 1, 1, 1)[:DECODED] if fitted else latents
     figures = {}
     for rung in found:
         decibels = psnr(canvases(rung, latents[fitted:]), pixels[fitted:]) if rung is not full else None
@@ -167,12 +178,17 @@ def measure_decoders(
 
 
 def measure_compiled(generator: Generator, row: Mapping[str, Any], gemm: float) -> dict[str, Any]:
-    """What compiling the UNet, and the VAE's decoder, costs in seconds and comes to."""
+    """What compiling the UNet, and the VAE's decoder, costs in seconds and comes to; nothing where it fails."""
     device, batch = generator.sampler.device, row["batch_size"]
     pipeline.compile_blocks(generator.sampler.unet)
     step = unet_step(generator, batch)
     began = time.perf_counter()
-    step()
+    try:
+        step()
+    except torch._dynamo.exc.TorchDynamoException as error:
+        print(f"warning: torch cannot compile here ({first_line(error)})", file=sys.stderr)
+        pipeline.undo_compilation(generator.sampler.unet)
+        return {}
     took = time.perf_counter() - began
     rate = batch / fastest(step, device, TRIALS)
     pipeline.undo_compilation(generator.sampler.unet)

@@ -27,7 +27,7 @@ from tools.training import BATCH_SIZE, Schedule, keep_freed_memory, train
 
 CLASSES = 100
 # SGD steps per turn, and those of an epoch of CIFAR-100 with 500 images per class.
-CPU_STEPS, GPU_STEPS, EPOCH_STEPS = 6, 4000, 195
+CPU_STEPS, GPU_STEPS, EPOCH_STEPS = 6, 1000, 195
 FULL_RECIPE = 1001 * 50_000  # images of a run on CIFAR-100 with 500 per class
 
 
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--size", type=number_from(16), default=32, metavar="PX", help="of the images, pixels (default: 32)"
     )
     parser.add_argument(
-        "--steps", type=number_from(1), metavar="N", help="SGD steps per turn (default: 6, on a GPU 4,000)"
+        "--steps", type=number_from(1), metavar="N", help="SGD steps per turn (default: 6, on a GPU 1,000)"
     )
     parser.add_argument("--turns", type=number_from(1), default=7, metavar="N", help="turns a side (default: 7)")
     parser.add_argument(
