@@ -10,7 +10,7 @@ VAE's on latents that it was not fitted to, and by its pace.
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import safetensors.torch
@@ -129,12 +129,12 @@ def save_student(decoder: Decoder) -> bytes | None:
     return safetensors.torch.save(decoder.student.state_dict()) if decoder.student else None
 
 
-def load_student(network: bytes, rung: Rung, fitted_to: int, size: int, device: torch.device) -> Decoder:
+def load_student(network: bytes, rung: Rung, size: int, device: torch.device) -> Decoder:
     """The decoder for images of `size` pixels whose network `save_student` has saved."""
     weights = safetensors.torch.load(network)
     student = Student(size, math.isqrt(weights["first.weight"].shape[1] // 4))
     student.load_state_dict(weights)
-    return replace(student_decoder(rung, student.to(device)), fitted_to=fitted_to)
+    return student_decoder(rung, student.to(device))
 
 
 @functools.cache

@@ -114,7 +114,7 @@ class Spool:
             found = json.loads((self.folder / DECODER).read_text())
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and {"name", "fitted_to"} <= set(found) else None
+        return found if isinstance(found, dict) and {"name", "fitted_to", "fidelity_db"} <= set(found) else None
 
     @property
     def network(self) -> bytes | None:

@@ -161,7 +161,12 @@ def load_maker(
         )
         with log.phase("choose decoder"):
             if chosen and network:
-                generator.decoder = load_student(network, chosen["name"], chosen["fitted_to"], config.task.size, device)
+                generator.decoder = replace(
+                    load_student(network, chosen["name"], config.task.size, device),
+                    fitted_to=chosen["fitted_to"],
+                    fidelity=chosen["fidelity_db"],
+                )
+                log.say(f"decoder: {chosen['name']}, the network that was fitted before")
             else:
                 generator.decoder = choose_decoder(
                     generator,

@@ -93,8 +93,7 @@ def test_a_network_is_the_same_in_another_process(vae: Any) -> None:
     made = student_decoder("distilled", fit_student(given, canvases(full_decoder(vae, 8), given), steps=3))
     network = save_student(made)
     assert network is not None and save_student(full_decoder(vae, 8)) is None
-    loaded = load_student(network, "distilled", 8, 8, CPU)
-    assert (loaded.rung, loaded.fitted_to) == ("distilled", 8)
+    loaded = load_student(network, "distilled", 8, CPU)
     assert torch.equal(canvases(loaded, given), canvases(made, given))
 
 

@@ -205,6 +205,30 @@ def test_a_real_run_of_the_embedded_model_ends_before_its_deadline(tmp_path: Pat
     assert images.shape == (100 * manifest["ipc"], 3, 32, 32) and images.dtype == torch.float32
 
 
+def test_a_resumed_run_decodes_with_the_network_of_the_run_before(
+    checkpoint_folder: Path, task_file: Path, tmp_path: Path
+) -> None:
+    task_file.write_text(task_file.read_text().replace("max_ipc = 12", "max_ipc = 100000"))
+    options = [str(task_file), "--model", str(checkpoint_folder), "--resolution", "32", "--decoder", "distilled"]
+    options += ["--output", str(tmp_path), "--aug-per-image", "0", "--batch-size", "3"]
+    process = start(*options, "--budget", "5m", OMP_NUM_THREADS="1")
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "tiny.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert (tmp_path / ".tiny.spool/decoder.safetensors").stat().st_size > 0
+    before = torch.load(tmp_path / "tiny.pt", weights_only=True)
+    again = start(*options, "--resume", "--budget", "15s", OMP_NUM_THREADS="1")
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert "decoder: distilled, the network that was fitted before" in out
+    told = json.loads((tmp_path / "tiny.json").read_text())
+    assert told["decoder"]["fitted_to"] and told["decoder"]["fidelity_db"]["distilled"] > 0
+    after = torch.load(tmp_path / "tiny.pt", weights_only=True).unflatten(0, (3, -1))
+    assert torch.equal(after[:, : len(before) // 3], before.unflatten(0, (3, -1)))
+
+
 def test_one_device_knows_nothing_of_ray(checkpoint_folder: Path, task_file: Path, tmp_path: Path) -> None:
     options = [str(task_file), "--model", str(checkpoint_folder), "--device", "cpu", "--output", str(tmp_path)]
     code = f"import sys; from submission import cli; assert cli.main({options}) == 0; print('ray' in sys.modules)"
