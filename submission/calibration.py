@@ -92,7 +92,8 @@ def choose_decoder(
     if wanted == "auto" and devices * left >= each * classes * cap:
         log.say(f"decoder: vae (there is time for all {cap} images per class by it)")
         return full
-    training = STEPS * _seconds_of_a_step(*gather(samples, drawing, 0))
+    latents, pixels = gather(samples, drawing, 0)
+    training = STEPS * _seconds_of_a_step(latents, pixels) if is_sound(pixels).all() else 0.0
     affordable = (n for n in SAMPLES if sum(n) * each + training <= SAMPLING_SHARE * left)
     fitted, held_out = next(affordable, SAMPLES[-1])
     takes = (fitted + held_out) * each + training

@@ -16,7 +16,10 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
+
+from submission.errors import UsageError
 
 Rung = Literal["linear", "distilled", "tiny", "vae"]
 
@@ -130,10 +133,18 @@ def save_student(decoder: Decoder) -> bytes | None:
 
 
 def load_student(network: bytes, rung: Rung, size: int, device: torch.device) -> Decoder:
-    """The decoder for images of `size` pixels whose network `save_student` has saved."""
-    weights = safetensors.torch.load(network)
-    student = Student(size, math.isqrt(weights["first.weight"].shape[1] // 4))
-    student.load_state_dict(weights)
+    """The decoder for images of `size` pixels whose network `save_student` has saved.
+
+    Raises UsageError where it is damaged: a run that is resumed reads it from the disk.
+    """
+    try:
+        weights = safetensors.torch.load(network)
+        student = Student(size, math.isqrt(weights["first.weight"].shape[1] // 4))
+        student.load_state_dict(weights)
+    except (SafetensorError, KeyError, IndexError, RuntimeError) as error:
+        raise UsageError(
+            "--resume: the decoder's network in the spool is damaged; start anew without --resume"
+        ) from error
     return student_decoder(rung, student.to(device))
 
 

@@ -10,7 +10,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -124,8 +123,18 @@ def loader(config: JobConfig, checkpoint: Checkpoint, engine: Alone | Fleet, spo
     """What a device does to get ready, in its own process; a run that is resumed has chosen its decoder."""
     embedded = checkpoint.path == checkpoints.EMBEDDED
     label = checkpoints.fingerprint(checkpoint)
-    loading = Loading(config, checkpoint, label, embedded, engine.kind, engine.cores, engine.sharing, engine.count)
-    loading = replace(loading, decoder=spool.decoder, network=spool.network)
+    loading = Loading(
+        config,
+        checkpoint,
+        label,
+        embedded,
+        engine.kind,
+        threads=engine.cores,
+        sharing=engine.sharing,
+        devices=engine.count,
+        decoder=spool.decoder,
+        network=spool.network,
+    )
     return partial(load_maker if isinstance(engine, Alone) else load_elsewhere, loading)
 
 

@@ -160,9 +160,9 @@ def load_maker(
             project_prompts=room_for_projections(config, checkpoint, device, dtype, loading.sharing, log),
         )
         with log.phase("choose decoder"):
-            if chosen and network:
+            if chosen and chosen["fitted_to"]:
                 generator.decoder = replace(
-                    load_student(network, chosen["name"], config.task.size, device),
+                    load_student(network or b"", chosen["name"], config.task.size, device),
                     fitted_to=chosen["fitted_to"],
                     fidelity=chosen["fidelity_db"],
                 )

@@ -66,8 +66,8 @@ def choose(generator: Any, log: Log, wanted: Any = "auto", left: float = 600.0, 
 
 
 def test_a_slow_vae_is_replaced(log: Log) -> None:
-    generator = SlowGenerator(sampling=0.005, decoding=0.04)
-    chosen = choose(generator, log)
+    generator = SlowGenerator(sampling=0.005, decoding=0.06)
+    chosen = choose(generator, log, left=1500.0)  # so much that a stall of a busy machine decides nothing
     assert chosen.rung in ("linear", "distilled") and chosen.fitted_to == SAMPLES[0][0]
     assert set(chosen.fidelity) == {"linear", "distilled"}
     assert len(generator.asked) == sum(SAMPLES[0]) and len({number % 100 for number in generator.asked}) == 80
@@ -80,7 +80,7 @@ def test_where_the_vae_reaches_the_cap_it_stays(log: Log) -> None:
 
 def test_several_devices_reach_the_cap_by_the_vae(log: Log) -> None:
     generator: Any = SlowGenerator(sampling=0.005, decoding=0.04)
-    chosen = choose_decoder(generator, "auto", None, left=600.0, cap=500, devices=8, log=log)
+    chosen = choose_decoder(generator, "auto", None, left=6000.0, cap=500, devices=8, log=log)
     assert chosen.rung == "vae"
 
 
@@ -112,6 +112,12 @@ def test_where_latents_are_coarser_than_pixels_nothing_is_tried(log: Log) -> Non
 def test_a_decoder_that_cannot_be_measured_is_said(log: Log) -> None:
     assert choose(SlowGenerator(decoding=0.02, shape=lambda pixels: pixels * torch.nan), log).rung == "vae"
     assert "the VAE stays" in log.warnings[0]
+
+
+def test_latents_that_are_broken_leave_it_to_the_vae(log: Log) -> None:
+    generator: Any = SlowGenerator(decoding=0.02)
+    generator.latents = lambda numbers, _: torch.full((len(numbers), 4, 32, 32), torch.nan)
+    assert choose(generator, log).rung == "vae" and "the VAE stays" in log.warnings[0]
 
 
 def test_what_is_not_there_is_said(log: Log) -> None:

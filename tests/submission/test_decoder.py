@@ -30,6 +30,7 @@ from submission.decoder import (
     student_decoder,
     tiny_decoder,
 )
+from submission.errors import UsageError
 from submission.tasks import load_task
 from tests.tools.real_data import real_subset, real_test_images
 from tools.convnet import ConvNet
@@ -94,6 +95,9 @@ def test_a_network_is_the_same_in_another_process(vae: Any) -> None:
     network = save_student(made)
     assert network is not None and save_student(full_decoder(vae, 8)) is None
     loaded = load_student(network, "distilled", 8, CPU)
+    for damaged in (b"", network[:-1], network[: len(network) // 2], b"x" * 100):
+        with pytest.raises(UsageError, match="start anew without --resume"):
+            load_student(damaged, "distilled", 8, CPU)
     assert torch.equal(canvases(loaded, given), canvases(made, given))
 
 

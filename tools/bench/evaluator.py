@@ -88,7 +88,7 @@ def table(figures: dict[str, Any]) -> str:
             f"{'published: eager, fp32, collated by image':<44}{rates['published']:>9.0f}{1:>7.2f}",
             f"{'evaluate --protocol fast':<44}{rates['fast']:>9.0f}{figures['speedup']:>7.2f}"
             f"   {figures['speedup_least']:.2f} to {figures['speedup_most']:.2f}",
-            f"1,001 epochs of 50,000 images, by fast: {minutes:,.1f} min on {figures['device']}",
+            f"1,001 epochs of 50,000 images, by fast: {minutes:,.1f} min (estimate) on {figures['device']}",
         ]
     )
 
