@@ -20,11 +20,14 @@ from submission.decoder import (
     Decoder,
     Rung,
     canvases,
+    distil,
     fit_student,
     is_sound,
     psnr,
+    random_student,
     student_decoder,
     tiny_decoder,
+    train_student,
 )
 from submission.errors import UsageError
 from submission.generator import Generator
@@ -128,10 +131,10 @@ def gather(samples: list[Sample], drawing: Iterator[Sample], count: int) -> tupl
 
 def _seconds_of_a_step(latents: Tensor, pixels: Tensor) -> float:
     """What a step of a network's training takes: the difference of one and of a few more, once warm."""
-    seconds = []
+    seconds, student = [], random_student(latents, pixels.shape[-1])
     for steps in (1, 1, 1 + TRIED_STEPS):
         began = time.perf_counter()
-        fit_student(latents, pixels, steps)
+        train_student(student, latents, pixels, steps)
         seconds.append(time.perf_counter() - began)
     return max(0.0, seconds[2] - seconds[1]) / TRIED_STEPS
 
@@ -161,9 +164,11 @@ def draw(generator: Generator, log: Log) -> Iterator[Sample]:
 
 def rungs(wanted: Rung | Literal["auto"], tiny: Any | None, latents: Tensor, pixels: Tensor) -> Iterator[Decoder]:
     """The rungs to measure, cheapest first, those that are fitted being fitted to these images."""
-    if wanted in ("auto", "linear"):
-        yield student_decoder("linear", fit_student(latents, pixels, 0))
-    if wanted in ("auto", "distilled"):
-        yield student_decoder("distilled", fit_student(latents, pixels, STEPS))
+    if wanted in ("auto", "linear", "distilled"):
+        linear = fit_student(latents, pixels, 0)
+        if wanted != "distilled":
+            yield student_decoder("linear", linear)
+        if wanted != "linear":
+            yield student_decoder("distilled", distil(linear, latents, pixels))
     if tiny is not None and wanted in ("auto", "tiny"):
         yield tiny_decoder(tiny, pixels.shape[-1])

@@ -7,6 +7,7 @@ checkpoint (`tiny`); the VAE. A rung is measured by its fidelity, the signal-to-
 VAE's on latents that it was not fitted to, and by its pace.
 """
 
+import copy
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -166,14 +167,30 @@ def fit_student(latents: Tensor, truth: Tensor, steps: int = STEPS) -> Student:
     Hidden layers are drawn at random and trained for so many steps; the last layer is a ridge regression, before and
     after (with no steps: on random features, Rahimi and Recht, 2007). The same latents give the same network.
     """
-    size = truth.shape[-1]
+    student = random_student(latents, truth.shape[-1])
+    _solve_last(student, latents, truth)
+    return distil(student, latents, truth, steps) if steps else student
+
+
+def distil(student: Student, latents: Tensor, truth: Tensor, steps: int = STEPS) -> Student:
+    """A copy of a network with a fitted last layer, trained for so many steps, its last layer fitted anew."""
+    trained = copy.deepcopy(student).requires_grad_(True)
+    train_student(trained, latents, truth, steps)
+    _solve_last(trained, latents, truth)
+    return trained
+
+
+def random_student(latents: Tensor, size: int) -> Student:
+    """The network for images of `size` pixels from such latents, as it is before anything is fitted."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         student = Student(size, -(-latents.shape[-1] // size)).to(latents.device)
     student.scale.copy_(latents.std((0, 2, 3), keepdim=True))
-    _solve_last(student, latents, truth)
-    if not steps:
-        return student
+    return student
+
+
+def train_student(student: Student, latents: Tensor, truth: Tensor, steps: int) -> None:
+    """Trains all of the network in place."""
     order = torch.Generator().manual_seed(0)
     optimiser = torch.optim.Adam(student.parameters(), RATE, betas=(0.9, 0.99))
     rate = torch.optim.lr_scheduler.OneCycleLR(optimiser, RATE, steps, pct_start=0.1)
@@ -185,8 +202,6 @@ def fit_student(latents: Tensor, truth: Tensor, steps: int = STEPS) -> Student:
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             rate.step()
-    _solve_last(student, latents, truth)
-    return student
 
 
 @torch.no_grad()

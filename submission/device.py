@@ -1,6 +1,10 @@
 """Which of this machine's devices are meant: a GPU, the CPU, or several."""
 
+import threading
+from contextlib import suppress
+
 import torch
+import torch.nn.functional as F
 
 from submission.errors import UsageError
 
@@ -28,3 +32,18 @@ def choose_devices(wanted: str, count: int | None) -> tuple[str, int]:
     if count is not None and count > there:
         raise UsageError(f"--devices {count}: PyTorch sees {there} CUDA devices here; cpu:{count} would use the CPU")
     return "cuda", count or there
+
+
+def wake(device: torch.device, dtype: torch.dtype) -> None:
+    """Has a GPU's libraries loaded on a thread meanwhile, which the first of each operation would wait for."""
+
+    def compute() -> None:
+        with suppress(RuntimeError):  # what is wrong is said where the results matter
+            rows = torch.zeros(1, 64, 64, device=device, dtype=dtype)
+            rows @ rows
+            F.scaled_dot_product_attention(rows[None], rows[None], rows[None])
+            F.conv2d(rows[None], torch.zeros(64, 1, 3, 3, device=device, dtype=dtype))
+            torch.cuda.synchronize(device)
+
+    if device.type == "cuda":
+        threading.Thread(target=compute, daemon=True).start()

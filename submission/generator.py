@@ -12,6 +12,7 @@ from torch import Tensor
 from submission import pipeline
 from submission.checkpoint import Checkpoint, read_ahead
 from submission.decoder import Decoder, choose_vae_dtype, decode, full_decoder
+from submission.device import wake
 from submission.errors import CheckpointError, UsageError
 from submission.progress import Log
 from submission.tasks import PromptStyle, Task
@@ -104,6 +105,7 @@ def load_generator(
     prompts = list(dict.fromkeys(chain.from_iterable(phrasings)))
     place = {prompt: index for index, prompt in enumerate(prompts)}
     read_ahead(checkpoint)
+    wake(device, dtype)
     with log.phase("import libraries"):
         from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: PLC0415, F401  # slow to import
         from transformers import CLIPTextModel  # noqa: PLC0415, F401
