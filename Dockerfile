@@ -38,8 +38,9 @@ FROM base AS weights
 ARG WEIGHTS=tools/sdxl_turbo
 COPY ${WEIGHTS} /weights
 WORKDIR /fetch
-COPY tools/__init__.py tools/command.py tools/fetch_weights.py tools/
-COPY submission/__init__.py submission/checkpoint.py submission/errors.py submission/
+COPY tools/__init__.py tools/fetch_weights.py tools/
+COPY submission/__init__.py submission/arguments.py submission/errors.py submission/
+COPY submission/model/__init__.py submission/model/checkpoint.py submission/model/
 RUN python3 -m tools.fetch_weights /weights && chmod -R a+rX /weights
 
 FROM base AS gpu

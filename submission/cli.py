@@ -1,20 +1,33 @@
-"""Arguments to one JobConfig, errors to one line and an exit code."""
+"""The job's command line: arguments to one JobRequest, errors to one line and an exit code."""
 
 import argparse
 import os
-import re
-import sys
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-from submission.budget import Budget, parse_seconds, start_budget
-from submission.errors import BankoError, UsageError
-from submission.guard import Guard
-from submission.launchers import place
+from submission.arguments import (
+    Parser,
+    add_device,
+    batch_size,
+    cluster,
+    devices,
+    epoch,
+    exit_code_of,
+    number_from,
+    parse_seconds,
+)
+from submission.engine import Load
+from submission.engine.launchers import started_by_launcher
+from submission.errors import UsageError
+from submission.log import Log, default_style
+from submission.plan.budget import start_budget
+from submission.plan.guard import Guard
 from submission.tasks import Task, builtin_names, load_task
+
+if TYPE_CHECKING:
+    from submission.request import JobRequest
 
 EXAMPLES = """examples:
   ./run.sh cifar100                              ten minutes, embedded model without a GPU, SDXL-Turbo with one
@@ -40,19 +53,6 @@ exit codes:
 """
 
 
-class Parser(argparse.ArgumentParser):
-    """Help whose examples stand as they were written, and wrong usage said in one line."""
-
-    def __init__(self, *, prog: str, description: str, epilog: str) -> None:
-        text = textwrap.fill(description, width=100)
-        super().__init__(
-            prog=prog, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(UsageError.exit_code, f"error: {message}; {self.prog} --help says more\n")
-
-
 def build_parser() -> Parser:
     parser = Parser(
         prog="./run.sh",
@@ -60,14 +60,15 @@ def build_parser() -> Parser:
         "DIR/NAME.pt, with a manifest (.json), a contact sheet (.png) and a report (.html).",
         epilog=EXAMPLES,
     )
-    parser.add_argument("task", metavar="TASK", help=f"{', '.join(builtin_names())}, or the path of a task's .toml")
-    parser.add_argument(
+    add = parser.add_argument
+    add("task", metavar="TASK", help=f"{', '.join(builtin_names())}, or the path of a task's .toml")
+    add(
         "--budget",
         default="10m",
         metavar="TIME",
         help="from process start to exit, in seconds or minutes: 600, 90s or 10m (default: 10m)",
     )
-    parser.add_argument(
+    add(
         "--started-at",
         type=epoch,
         default=os.environ.get("BANKO_STARTED_AT"),
@@ -75,71 +76,69 @@ def build_parser() -> Parser:
         help="when the budget began, in Unix seconds, if before this process (default: $BANKO_STARTED_AT, else its "
         "start)",
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs"), metavar="DIR", help="gets the files (default: outputs/)"
-    )
-    parser.add_argument(
+    add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="gets the files (default: outputs/)")
+    add(
         "--model",
         default="auto",
         metavar="MODEL",
         help="auto, embedded, a folder in SDXL-Turbo's layout, or a hub id; auto is $BANKO_MODEL, else "
         "models/sdxl-turbo, else SDXL-Turbo from the hub with a GPU and the embedded model without (default: auto)",
     )
-    parser.add_argument(
+    add(
         "--resolution",
         type=number_from(1),
         metavar="PX",
         help="width of the canvas to generate on, in pixels (default: the checkpoint's own)",
     )
-    parser.add_argument(
+    add(
         "--aug-per-image",
         type=number_from(0),
         default=4,
         metavar="N",
-        help="augmented copies an image at most; 0: none (default: 4)",
+        help="augmented copies per image at most; 0: none (default: 4)",
     )
-    parser.add_argument(
-        "--pda", choices=("paper", "natural", "none"), default="natural", help="how copies are made (default: natural)"
-    )
-    parser.add_argument(
+    add("--pda", choices=("paper", "natural", "none"), default="natural", help="how copies are made (default: natural)")
+    add(
         "--prompts",
         choices=("label", "described", "diverse"),
         default="described",
         help="bare class names, descriptions, or descriptions in phrasings taken in turn (default: described)",
     )
-    parser.add_argument(
+    add(
         "--decoder",
-        choices=("auto", "linear", "distilled", "tiny", "vae"),
         default="auto",
-        help="latents to pixels: a small network fitted to the VAE at once or trained for seconds, a tiny autoencoder "
-        "beside the checkpoint, the VAE itself; auto takes what pace and fidelity make worth most (default: auto)",
+        metavar="RUNG",
+        help="latents to pixels: linear or distilled, a small network fitted to the VAE at once or in seconds; tiny, "
+        "an autoencoder beside the checkpoint; vae, the checkpoint's own; auto takes what pace and fidelity make worth "
+        "most (default: auto)",
     )
-    parser.add_argument(
-        "--max-ipc", type=number_from(1), metavar="N", help="most images a class in the file (default: the task's, 500)"
+    add(
+        "--max-ipc",
+        type=number_from(1),
+        metavar="N",
+        help="most images per class in the file (default: the task's, 500)",
     )
-    parser.add_argument(
-        "--seed", type=number_from(0), default=0, metavar="N", help="of all that is random (default: 0)"
-    )
-    parser.add_argument(
+    add("--seed", type=number_from(0), default=0, metavar="N", help="of all that is random (default: 0)")
+    add(
         "--batch-size",
         type=batch_size,
         default=None,
         metavar="N",
         help="images made at a time, or auto: what measures best (default: auto)",
     )
-    parser.add_argument(
+    add(
         "--compile",
         choices=("auto", "never"),
         default="auto",
         help="compile the model while it is at work: auto does on a GPU where that pays back (default: auto)",
     )
-    parser.add_argument(
+    add(
         "--dtype",
         choices=("float32", "float16"),
         default="float32",
         help="of the numbers in the file (default: float32)",
     )
-    parser.add_argument(
+    add(
         "--devices",
         type=devices,
         default="auto",
@@ -147,125 +146,73 @@ def build_parser() -> Parser:
         help="auto: every GPU, or the CPU; N: so many GPUs, or parts of the CPU; cpu:N: parts of the CPU. Several work "
         "through Ray (default: auto)",
     )
-    parser.add_argument(
+    add(
         "--cluster",
         type=cluster,
         metavar="ADDRESS",
         help="join the Ray cluster at HOST:PORT, or auto: the one on this machine, and use all its GPUs, or --devices "
         "(default: none)",
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any (default: auto)"
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the rounds that an interrupted run left in the output folder"
-    )
-    parser.add_argument(
-        "--log", choices=("plain", "rich", "json"), help="how to tell (default: rich on a terminal, else plain)"
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_device(parser)
+    add("--resume", action="store_true", help="go on from the rounds that an interrupted run left in the output folder")
+    add("--log", choices=("plain", "rich", "json"), help="how to tell (default: rich on a terminal, else plain)")
+    add("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None, process_start: float | None = None) -> int:
-    """Runs the command line and returns the exit code. `process_start` is in Unix seconds."""
+def main(
+    arguments: Sequence[str] | None = None,
+    process_start: float | None = None,
+    prepare: Callable[..., Load] | None = None,
+) -> int:
+    """Runs the command line and returns the exit code. `process_start` is in Unix seconds; `submission.job.run` says
+    what `prepare` is for."""
     options = build_parser().parse_args(arguments)
-    try:
-        return _run(options, process_start or time.time())
-    except BankoError as error:
-        if options.debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    return exit_code_of(lambda: _run(options, process_start or time.time(), prepare), debug=options.debug)
 
 
-def _run(options: argparse.Namespace, process_start: float) -> int:
+def _run(options: argparse.Namespace, process_start: float, prepare: Callable[..., Load] | None) -> None:
     task = load_task(options.task)
     seconds = parse_seconds(options.budget)
-    kind, _ = options.devices
-    if kind == "cpu" and options.device == "cuda":
+    if options.devices[0] == "cpu" and options.device == "cuda":
         raise UsageError("--devices cpu:N and --device cuda contradict each other: leave one of them out")
-    rank, processes = (0, 1) if options.cluster else place()
+    rank, processes = (0, 1) if options.cluster else started_by_launcher()
     if rank:
         print(f"process {rank} of {processes} leaves: the first one drives all devices of this machine")
-        return 0
+        return
     budget = start_budget(seconds, process_start, options.started_at)
-    with Guard(budget) as guard:
-        _run_job(options, task, budget, guard, processes)
-    return 0
-
-
-def _run_job(options: argparse.Namespace, task: Task, budget: Budget, guard: Guard, processes: int) -> None:
-    # These take seconds to import, and wrong usage should be said at once.
-    from submission.job import run  # noqa: PLC0415
-    from submission.progress import Log, default_style  # noqa: PLC0415
-    from submission.work import JobConfig  # noqa: PLC0415
-
-    kind, count = options.devices
-    config = JobConfig(
-        task=task,
-        output=options.output,
-        model=options.model,
-        resolution=options.resolution,
-        copies=options.aug_per_image,
-        pda=options.pda,
-        prompts=options.prompts,
-        decoder=options.decoder,
-        cap=options.max_ipc or task.max_ipc,
-        seed=options.seed,
-        batch_size=options.batch_size,
-        dtype=options.dtype,
-        device=kind or options.device,
-        devices=count,
-        cluster=options.cluster,
-        resume=options.resume,
-        compiles=options.compile == "auto",
-    )
     log = Log(options.log or default_style(), budget)
-    if processes > 1:
-        log.say(f"started as {processes} processes: this one drives all devices of this machine, the others leave")
     try:
-        run(config, budget, log, guard)
+        with Guard(budget) as guard:
+            if processes > 1:
+                here = "this one drives all devices of this machine, the others leave"
+                log.say(f"started as {processes} processes: {here}")
+            # These take seconds to import, and wrong usage should be said at once.
+            from submission.job.run import run  # noqa: PLC0415
+
+            run(_request(options, task), budget, log, guard, prepare)
     finally:
         log.close()
 
 
-def number_from(low: int) -> Callable[[str], int]:
-    """An argparse type: whole numbers not below `low`."""
+def _request(options: argparse.Namespace, task: Task) -> "JobRequest":
+    from submission.model.decoder import RUNGS  # noqa: PLC0415  # slow to import
+    from submission.model.image_spec import ImageSpec  # noqa: PLC0415
+    from submission.request import DeviceRequest, JobRequest  # noqa: PLC0415
 
-    def number(text: str) -> int:
-        # Python itself reads and takes more: 1_000, digits of all scripts, and numbers no library can hold.
-        if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {low} or more")
-        return int(text)
-
-    return number
-
-
-def batch_size(text: str) -> int | None:
-    """An argparse type: `auto` is None."""
-    return None if text == "auto" else number_from(1)(text)
-
-
-def devices(text: str) -> tuple[str | None, int | None]:
-    """An argparse type: `auto`, a number, or `cpu:` and a number, as kind and number; None is whatever there is."""
-    if text == "auto":
-        return None, None
-    kind, separator, count = text.rpartition(":")
-    if kind != ("cpu" if separator else ""):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, a number such as 8, and cpu:2")
-    return kind or None, number_from(1)(count)
-
-
-def cluster(text: str) -> str:
-    """An argparse type: the address of a Ray cluster."""
-    if text != "auto" and not re.fullmatch(r"[^:/\s]+:[0-9]{1,5}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor HOST:PORT, such as 10.0.0.1:6379")
-    return text
-
-
-def epoch(text: str) -> float:
-    """An argparse type: a moment in Unix seconds."""
-    if not re.fullmatch(r"[0-9]{1,18}(\.[0-9]*)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a moment in Unix seconds, such as 1735689600.5")
-    return float(text)
+    if options.decoder not in ("auto", *RUNGS):
+        raise UsageError(f"--decoder {options.decoder!r} is none of auto, {', '.join(RUNGS)}")
+    kind, count = options.devices
+    return JobRequest(
+        image=ImageSpec(task, options.prompts, options.seed, options.resolution, options.decoder),
+        model=options.model,
+        output=options.output,
+        cap=options.max_ipc or task.max_ipc,
+        copies=options.aug_per_image,
+        pda=options.pda,
+        dtype=options.dtype,
+        devices=DeviceRequest(
+            kind or options.device, count, options.cluster, options.batch_size, options.compile == "auto"
+        ),
+        resume=options.resume,
+    )

@@ -5,6 +5,7 @@ Everything but the loading is the real thing: the command line, the process, its
 
 import codecs
 import contextlib
+import dataclasses
 import functools
 import itertools
 import multiprocessing
@@ -18,7 +19,6 @@ import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,66 +26,115 @@ from huggingface_hub import constants
 from numpy.typing import NDArray
 from torch import Tensor
 
-from submission import cli, finish, guard, job, report
-from submission.budget import start_budget
-from submission.checkpoint import EMBEDDED, inspect
-from submission.engine import maker
-from submission.estimates import Extent
-from submission.generator import Generator, load_generator
-from submission.progress import Log
+from submission import cli
+from submission.dataset.rounds import Spool
+from submission.engine import Engine, Load, Maker
+from submission.engine.maker import GeneratorMaker
+from submission.job import run
+from submission.job.ending import Ending
+from submission.job.files import JobFiles
+from submission.log import Log
+from submission.machine.crowding import Crowding
+from submission.machine.memory import WorkingMemory
+from submission.model.checkpoint import EMBEDDED, Checkpoint, inspect
+from submission.model.generator import Generator, load_generator
+from submission.model.image_spec import ImageSpec
+from submission.plan import guard
+from submission.plan.budget import start_budget
+from submission.report import page
+from submission.request import JobRequest
 from submission.tasks import load_task
-from submission.work import Work
 from tests import stub_device
-from tools.embedded import critic, diffusion, distil, layout, progress, vae
+from tools.training import critic, diffusion, distil, layout, progress, vae
 
 NOBODY = 65534
 # The main function of a command line.
-Main = Callable[[list[str]], int]
+Main = Callable[..., int]
 # Rounds before a device is stuck or fails: few, for a busy machine must come past them in a budget of seconds.
 FAULT_AFTER = 3
+
+
+CPU = torch.device("cpu")
 
 
 @functools.cache
 def generator() -> Generator:
     """CIFAR-100 from the embedded checkpoint. One thread: the pool of more would not survive a fork."""
     torch.set_num_threads(1)
-    log = Log("plain", start_budget(600))
-    device, checkpoint = torch.device("cpu"), inspect(EMBEDDED, "embedded")
-    return load_generator(load_task("cifar100"), checkpoint, device, log, style="described", seed=0, resolution=None)
+    log, checkpoint = Log("plain", start_budget(600)), inspect(EMBEDDED, "embedded")
+    return load_generator(ImageSpec(load_task("cifar100")), checkpoint, CPU, log)
+
+
+class Interfered(Generator):
+    """A generator that does something before every batch."""
+
+    before: Callable[[NDArray[np.int64]], None]
+
+    def images(self, numbers: NDArray[np.int64], log: Log) -> Tensor:
+        self.before(numbers)
+        return super().images(numbers, log)
+
+
+def good_device(_: JobRequest, checkpoint: Checkpoint, engine: Engine, spool: Spool) -> Load:
+    """The embedded checkpoint as it is; where there are several devices, each loads it for itself."""
+    return _with(lambda _: None) if engine.alone else run.loader(_, checkpoint, engine, spool)
+
+
+def _with(before: Callable[[NDArray[np.int64]], None]) -> Load:
+    def load(seconds_left: float, like: object, network: object, log: Log) -> Maker:
+        loaded = generator()
+        interfered = Interfered(**{field.name: getattr(loaded, field.name) for field in dataclasses.fields(loaded)})
+        interfered.before = before
+        return GeneratorMaker(interfered, CPU, log, WorkingMemory.watch(), Crowding())
+
+    return load
 
 
 def start(
-    output: Path, *options: str, fault: str = "", environment: Mapping[str, str] | None = None
+    output: Path,
+    *options: str,
+    device: run.Prepare = good_device,
+    fault: Callable[[], None] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> ForkServerProcess:
-    """Starts the job in a process of its own, which prints to `output`.log. `fault` is the name of a function below."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
-    process = context.Process(target=_job, args=(output, options, fault, environment or {}))
-    process.start()
-    return process
+    """Starts the job in a process of its own, which prints to `output`.log.
+
+    `device` and `fault` are functions below: what makes the images, and what is wrong with everything else.
+    """
+    return _start(_job, output, options, device, fault, environment or {})
 
 
 def start_command(
-    main: Main, arguments: list[str], log: Path, *, folder: Path, environment: Mapping[str, str], fault: str = ""
+    main: Main,
+    arguments: list[str],
+    log: Path,
+    *,
+    folder: Path,
+    environment: Mapping[str, str],
+    fault: Callable[[], None] | None = None,
 ) -> ForkServerProcess:
     """Starts a command line of the job or of a tool in a process of its own and in that folder.
 
-    `log` gets what it says on standard error. `fault` is the name of a function below.
+    `log` gets what it says on standard error. `fault` is a function below.
     """
+    return _start(_command, main, arguments, log, folder, dict(environment), fault)
+
+
+def _start(target: Callable[..., None], *arguments: object) -> ForkServerProcess:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preloaded"])
-    process = context.Process(target=_command, args=(main, arguments, log, folder, dict(environment), fault))
+    process = context.Process(target=target, args=arguments)
     process.start()
     return process
 
 
 def warm_up() -> None:
     """Returns when the server is ready to fork."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preloaded"])
-    process = context.Process(target=os.getpid)
-    process.start()
-    process.join()
+    _start(_nothing).join()
+
+
+def _nothing() -> None:
+    """What a process does that is only to be started."""
 
 
 def wait_for(condition: Callable[[], bool], process: ForkServerProcess) -> None:
@@ -94,28 +143,37 @@ def wait_for(condition: Callable[[], bool], process: ForkServerProcess) -> None:
         time.sleep(0.005)
 
 
-def _job(output: Path, options: tuple[str, ...], fault: str, environment: Mapping[str, str]) -> None:
+def _job(
+    output: Path,
+    options: tuple[str, ...],
+    device: run.Prepare,
+    fault: Callable[[], None] | None,
+    environment: Mapping[str, str],
+) -> None:
     os.environ.update(environment)
     log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    loaded = generator()
     if fault:
-        globals()[fault](loaded)
-    vars(maker)["load_generator"] = lambda *_, **__: loaded
+        fault()
     arguments = ["cifar100", "--model", "embedded", "--device", "cpu", "--output", str(output), *options]
-    os._exit(cli.main(arguments))
+    os._exit(cli.main(arguments, prepare=device))
 
 
 def _command(
-    main: Main, arguments: list[str], log: Path, folder: Path, environment: dict[str, str], fault: str
+    main: Main,
+    arguments: list[str],
+    log: Path,
+    folder: Path,
+    environment: dict[str, str],
+    fault: Callable[[], None] | None,
 ) -> None:
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.environ.update(environment)
     os.chdir(folder)
     if fault:
-        globals()[fault](None)
+        fault()
     try:
         code = main(arguments)
     except SystemExit as error:  # argparse
@@ -127,18 +185,7 @@ def _command(
     os._exit(code)
 
 
-def _when_generating(loaded: Generator, before: Callable[[NDArray[np.int64]], None]) -> None:
-    """Has `before` called with the images of every batch."""
-    images: Callable[..., Tensor] = Generator.images
-
-    def with_fault(self: Generator, numbers: NDArray[np.int64], log: Any) -> Tensor:
-        before(numbers)
-        return images(self, numbers, log)
-
-    vars(loaded)["images"] = functools.partial(with_fault, loaded)
-
-
-def little_memory(loaded: Generator) -> None:
+def little_memory(*_: object) -> Load:
     """Batches of more than ten do not fit: the first such time as on a GPU, then as on a CPU."""
     seen = []
 
@@ -151,10 +198,10 @@ def little_memory(loaded: Generator) -> None:
                 "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory"
             )
 
-    _when_generating(loaded, before)
+    return _with(before)
 
 
-def stuck_device(loaded: Generator) -> None:
+def stuck_device(*_: object) -> Load:
     """After FAULT_AFTER rounds a batch never comes back."""
 
     def before(numbers: NDArray[np.int64]) -> None:
@@ -162,35 +209,46 @@ def stuck_device(loaded: Generator) -> None:
             print("the device is stuck", flush=True)
             time.sleep(1000)
 
-    _when_generating(loaded, before)
+    return _with(before)
 
 
-def unhurried_device(loaded: Generator) -> None:
-    """Leaves time for something to happen between batches."""
-    _when_generating(loaded, lambda _: time.sleep(0.3))
-
-
-def stubs(_: Generator) -> None:
-    """Devices are made up, each with an actor of its own."""
-    vars(job)["loader"] = lambda *_: stub_device.load
-
-
-def stubs_that_do_not_load(_: Generator) -> None:
-    """No device sees the checkpoint."""
-    vars(job)["loader"] = lambda *_: stub_device.load_nothing
-
-
-def failing_device(loaded: Generator) -> None:
+def failing_device(*_: object) -> Load:
     """After FAULT_AFTER rounds every batch fails."""
 
     def before(numbers: NDArray[np.int64]) -> None:
-        if numbers[0] >= 100 * FAULT_AFTER:  # CIFAR-100's images are numbered round after round
+        if numbers[0] >= 100 * FAULT_AFTER:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    _when_generating(loaded, before)
+    return _with(before)
 
 
-def nobody_listens(_: Generator) -> None:
+def unhurried_device(*_: object) -> Load:
+    """Leaves time for something to happen between batches."""
+    return _with(lambda _: time.sleep(0.3))
+
+
+def interrupted_device(*_: object) -> Load:
+    """Ctrl-C while the model is loaded, which takes its time."""
+
+    def load(*_: object) -> Maker:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1000)
+        raise AssertionError("nobody has ended it")
+
+    return load
+
+
+def stubs(*_: object) -> Load:
+    """Devices are made up, each with an actor of its own."""
+    return stub_device.load
+
+
+def stubs_that_do_not_load(*_: object) -> Load:
+    """No device sees the checkpoint."""
+    return stub_device.load_nothing
+
+
+def nobody_listens() -> None:
     """What is printed goes to a pipe that is full."""
     _reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -201,40 +259,40 @@ def nobody_listens(_: Generator) -> None:
     os.dup2(writer, 1)
 
 
-def jumping_clock(_: Generator) -> None:
+def jumping_clock() -> None:
     """The wall clock is set forward by an hour, then back by a day, and so on. The real one is everybody's."""
     jumps, now = itertools.cycle((3600.0, -86400.0)), time.time
     vars(time)["time"] = lambda: now() + next(jumps)
 
 
-def small_files(_: Generator) -> None:
-    """No file may be larger than 7 MB: the first of five images a class fits."""
+def small_files() -> None:
+    """No file may be larger than 7 MB: the first of five images per class fits."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (7_000_000, 7_000_000))
 
 
-def endless_report(_: Generator) -> None:
+def endless_report() -> None:
     """The report takes longer than there is time."""
-    vars(report)["write_report"] = lambda *_: time.sleep(1000)
+    vars(page)["write_report"] = lambda *_: time.sleep(1000)
 
 
-def offline(_: object) -> None:
+def offline() -> None:
     """An empty hub cache and no network, through the hub library's own switches."""
     vars(constants).update(HF_HUB_OFFLINE=True, HF_HUB_CACHE=str(Path.cwd() / "hub"))
 
 
-def gpu_without_weights(_: object) -> None:
+def gpu_without_weights() -> None:
     """A CUDA device, and no SDXL-Turbo to be had."""
-    offline(None)
+    offline()
     vars(torch.cuda).update(is_available=lambda: True, device_count=lambda: 1, set_device=lambda _: None)
-    vars(job)["PROJECT"] = Path.cwd()
+    vars(run)["PROJECT"] = Path.cwd()
 
 
-def no_ray(_: object) -> None:
+def no_ray() -> None:
     """Ray is not installed."""
     vars(sys)["modules"]["ray"] = None
 
 
-def small_training(_: object) -> None:
+def small_training() -> None:
     """The trainer's batches are a few images, its UNets narrow, every other step has a line in the log. Nothing is
     compiled, which takes longer than to train so little."""
     torch._dynamo.config.disable = True
@@ -246,32 +304,21 @@ def small_training(_: object) -> None:
     vars(distil).update(PAIRS=20, SOLVED_AT_ONCE=10, DISTIL_BATCH=4, MATCH_BATCH=4)
 
 
-def interrupted(_: object) -> None:
-    """Ctrl-C while the model is loaded, which takes its time."""
-
-    def load(*_: Any, **__: Any) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1000)
-
-    vars(maker)["load_generator"] = load
-
-
-def ordinary_user(_: object) -> None:
+def ordinary_user() -> None:
     """Someone whom permissions stop."""
     codecs.lookup("cp437")  # zipfile's, which this user may not be able to import from where Python is
     if os.getuid() == 0:
         os.setuid(NOBODY)
 
 
-def slow_to_notice(_: Generator) -> None:
+def slow_to_notice() -> None:
     """When time is up, the last file is in place, but the thread that put it there has yet to notice."""
-    start, write_last, replace, time_is_up = guard._start, finish.write_last, Path.replace, threading.Event()
-
-    def start_and_tell(work: Callable[..., None], *arguments: object) -> threading.Thread:
-        thread = start(work, *arguments)
-        if work.__name__ == "last_words":
-            time_is_up.set()
-        return thread
+    write_last, last_words, replace, time_is_up = (
+        JobFiles.write_last,
+        Ending.last_words,
+        Path.replace,
+        threading.Event(),
+    )
 
     def replace_slowly(self: Path, target: Path) -> Path:
         result = replace(self, target)
@@ -280,9 +327,15 @@ def slow_to_notice(_: Generator) -> None:
             time.sleep(guard.LAST_WORDS_PATIENCE / 3)
         return result
 
-    def write_last_slowly(work: Work, extent: Extent) -> None:
-        setattr(Path, "replace", replace_slowly)  # noqa: B010
-        write_last(work, extent)
+    class SlowToNotice(JobFiles):
+        def write_last(self) -> None:
+            setattr(Path, "replace", replace_slowly)  # noqa: B010
+            write_last(self)
 
-    vars(guard).update(_start=start_and_tell, LAST_WORDS_PATIENCE=1.5)
-    vars(finish)["write_last"] = write_last_slowly
+    def time_is_up_and_said(self: Ending) -> None:
+        time_is_up.set()
+        last_words(self)
+
+    vars(guard)["LAST_WORDS_PATIENCE"] = 1.5
+    vars(run)["JobFiles"] = SlowToNotice
+    setattr(Ending, "last_words", time_is_up_and_said)  # noqa: B010

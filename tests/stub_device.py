@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from submission.engine import Facts, NoMemoryError
 from submission.errors import CheckpointError
-from submission.progress import Log
+from submission.log import Log
 
 
 def picture(number: int) -> NDArray[np.uint8]:

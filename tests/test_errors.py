@@ -9,8 +9,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,11 @@ from PIL import Image
 from submission import cli
 from tests import forked
 from tests.conftest import TINY_TASK
+from tests.paths import ROOT
 from tools import audit, evaluate, init, make_checkpoint, rehearse
 from tools.bench import __main__ as bench
 
-RUN = Path(__file__).resolve().parents[1] / "run.sh"
+RUN = ROOT / "run.sh"
 TOOLS: dict[str, forked.Main] = {
     "audit": audit.main,
     "bench": bench.main,
@@ -41,7 +43,7 @@ class Row:
     line: str
     code: int
     words: str
-    fault: str = ""
+    fault: Callable[[], None] | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -95,10 +97,11 @@ USAGE = [
         marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here"),
     ),
     Row("cifar100 --device tpu", 2, "invalid choice: 'tpu' (choose from"),
+    Row("cifar100 --decoder tin", 2, "--decoder 'tin' is none of auto, linear, distilled, tiny, vae"),
     Row("cifar100 --devices gpu:2", 2, "argument --devices: 'gpu:2' is none of auto, a number such as 8, and cpu:2"),
     Row("cifar100 --devices 0", 2, "argument --devices: '0' is not a whole number, 1 or more"),
     Row("cifar100 --devices cpu:2 --device cuda", 2, "--devices cpu:N and --device cuda contradict each other"),
-    Row("cifar100 --devices cpu:2", 2, "Ray is missing; pip install -r requirements-ray.txt brings it", "no_ray"),
+    Row("cifar100 --devices cpu:2", 2, "Ray is missing; pip install -r requirements-ray.txt brings it", forked.no_ray),
     Row("cifar100 --cluster ray://head", 2, "'ray://head' is neither auto nor HOST:PORT, such as 10.0.0.1:6379"),
     Row("cifar100 --cluster 127.0.0.1:1", 2, "--cluster 127.0.0.1:1: Ray does not start or answer (["),
     Row("cifar100", 2, "one is to drive them all", environment={"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}),
@@ -115,14 +118,13 @@ USAGE = [
 ]
 JOB = [
     Row("tiny.toml --model checkpoint --started-at 1000", 3, "is over before the model is loaded: give a longer one"),
-    Row("tiny.toml --model checkpoint", 3, "stopped before the first round was done", "interrupted"),
     Row("tiny.toml --model nowhere", 4, "--model nowhere: there is no folder nowhere"),
     Row("tiny.toml --model file", 4, "--model file: there is no folder file"),
-    Row("tiny.toml --model nobody/nothing", 4, "neither a folder here nor to be had from the hub", "offline"),
+    Row("tiny.toml --model nobody/nothing", 4, "neither a folder here nor to be had from the hub", forked.offline),
     Row(f"tiny.toml --model {'x' * 300}", 4, "cannot be looked into (File name too long)"),
     Row("tiny.toml", 4, "BANKO_MODEL=/no/where: there is no folder", environment={"BANKO_MODEL": "/no/where"}),
-    Row("tiny.toml", 4, "no SDXL-Turbo weights: ", "gpu_without_weights"),
-    Row("tiny.toml", 4, "or ask for the stand-in with --model embedded", "gpu_without_weights"),
+    Row("tiny.toml", 4, "no SDXL-Turbo weights: ", forked.gpu_without_weights),
+    Row("tiny.toml", 4, "or ask for the stand-in with --model embedded", forked.gpu_without_weights),
     Row("tiny.toml --model cut", 4, "cut/unet/diffusion_pytorch_model.fp16.safetensors is damaged or truncated"),
     Row("tiny.toml --model lost", 4, "lost/vae/config.json is missing"),
     Row("tiny.toml --model checkpoint --output file", 5, "cannot write to file (File exists): choose another --output"),
@@ -144,7 +146,7 @@ TOOLS_REFUSE = [
     Row("evaluate --submit_dir submit --tasks tiny.toml tiny.toml", 2, "--tasks names a task twice"),
     Row("evaluate --submit_dir empty", 6, "holds none of cifar100.pt, tinyimagenet.pt; for a task of your own, say"),
     Row("evaluate --submit_dir empty --tasks tiny.toml", 6, "empty/tiny.pt: no such file"),
-    Row("evaluate --submit_dir submit --truth_dir empty --tasks tiny.toml", 6, "nor is there a folder a class, such"),
+    Row("evaluate --submit_dir submit --truth_dir empty --tasks tiny.toml", 6, "nor is there a folder per class, such"),
     Row("evaluate --submit_dir submit --truth_dir photos --tasks tiny.toml", 6, "(did you mean 'pears'?)"),
     Row("evaluate --submit_dir submit --truth_dir . --tasks tiny.toml --output_dir file", 5, "cannot write into file"),
     Row("rehearse tiny.toml --limit 1d", 2, "--limit '1d' is not a duration"),
@@ -197,13 +199,13 @@ def folder(checkpoint_folder: Path) -> Iterator[Path]:
     made.with_suffix(".log").unlink(missing_ok=True)
 
 
-def refused(row: Row, folder: Path) -> None:
+def refused(row: Row, folder: Path, job: forked.Main = cli.main) -> None:
     """Runs a row and holds it to what it should return and say, and to leaving nothing behind."""
     before = files_of(folder)
     words, log = shlex.split(row.line), folder.with_suffix(".log")
     main = TOOLS.get(words[0]) if words else None
     process = forked.start_command(
-        main or cli.main,
+        main or job,
         words[1:] if main else words,
         log,
         folder=folder,
@@ -224,15 +226,20 @@ def files_of(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("[!.]*") if path.is_file() and ".tiny.spool" not in path.parts)
 
 
-@pytest.mark.parametrize("row", [*USAGE, *JOB, *TOOLS_REFUSE], ids=lambda row: f"{row.line} {row.fault}"[:80])
+@pytest.mark.parametrize("row", [*USAGE, *JOB, *TOOLS_REFUSE], ids=lambda row: f"{row.line}, {row.words}"[:80])
 def test_what_is_wrong_is_said_in_one_line(row: Row, folder: Path) -> None:
     refused(row, folder)
+
+
+def test_ctrl_c_before_the_first_round_is_said_in_one_line(folder: Path) -> None:
+    row = Row("tiny.toml --model checkpoint", 3, "stopped before the first round was done")
+    refused(row, folder, partial(cli.main, prepare=forked.interrupted_device))
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become a user whom permissions stop")
 @pytest.mark.parametrize("row", ORDINARY, ids=lambda row: row.line)
 def test_what_is_not_allowed_is_said_in_one_line(row: Row, folder: Path) -> None:
-    refused(replace(row, fault="ordinary_user"), folder)
+    refused(replace(row, fault=forked.ordinary_user), folder)
 
 
 @pytest.fixture
@@ -253,7 +260,7 @@ def disk(folder: Path, request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("disk", "words"),
     [
-        ("rw", "no room in disk/out: one image a class of large takes 84.93 MB there,"),
+        ("rw", "no room in disk/out: one image per class of large takes 84.93 MB there,"),
         ("ro", "cannot write to disk/out (Read-only file system): choose another --output"),
     ],
     indirect=["disk"],

@@ -18,21 +18,21 @@ from pathlib import Path
 
 import torch
 
-from submission.cli import Parser, number_from
-from submission.device import choose_device
+from submission.arguments import Parser, add_device, exit_code_of, number_from
 from submission.errors import InputFileError, OutputError, UsageError
-from submission.manifest import write_json, write_whole
-from submission.needs import memory_free
+from submission.machine.device import choose_device
+from submission.machine.disk import write_json, write_whole
+from submission.machine.memory import memory_free
+from submission.report.page import render
 from submission.tasks import Task, builtin_names, load_task
-from tools.audit import inspect
-from tools.command import exit_code_of
-from tools.convnet import WIDTH, ConvNet
-from tools.fast import Arithmetic, make_forward, probe
-from tools.reference_data import find_reference_data
-from tools.report import read_manifest, write_report
-from tools.results import Job, Run, Score, draw_curves, figures, overall, summary
-from tools.tensor_files import read_submission
-from tools.training import Measure, Schedule, assess, keep_freed_memory, train
+from tools.reading.manifests import check_it_describes, read_manifest
+from tools.reading.reference_data import find_reference_data
+from tools.reading.tensor_files import read_submission
+from tools.scoring.convnet import WIDTH, ConvNet
+from tools.scoring.fast import Arithmetic, make_forward, probe
+from tools.scoring.findings import inspect
+from tools.scoring.results import Entry, Run, Score, draw_curves, figures, overall, summary
+from tools.scoring.training import Measure, Schedule, assess, keep_freed_memory, train
 
 # Feature maps of the first layers' size that training holds at the same time: 4.5 to 6 were measured.
 FEATURE_MAPS = 5
@@ -49,23 +49,24 @@ def build_parser() -> Parser:
         "  ./run.sh evaluate --submit_dir outputs --tasks my-classes.toml --truth_dir my-test-images\n\n"
         "exit codes: 0 evaluated; 2 usage; 5 output cannot be written; 6 a file was refused",
     )
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "--submit_dir",
         type=Path,
         required=True,
         metavar="DIR",
         help="holds cifar100.pt, tinyimagenet.pt, or the file of a task of your own",
     )
-    parser.add_argument(
+    add(
         "--truth_dir",
         type=Path,
         default=Path("reference_data"),
         metavar="DIR",
         help="holds cifar100_test.pt, tinyimagenet_test.pt, or torchvision's cifar-100-python/, or the unpacked "
-        "tiny-imagenet-200/, or a folder a class with images of any size, in NAME/ or beside each other (default: "
+        "tiny-imagenet-200/, or a folder per class with images of any size, in NAME/ or beside each other (default: "
         "./reference_data/)",
     )
-    parser.add_argument(
+    add(
         "--output_dir",
         type=Path,
         default=Path(),
@@ -73,46 +74,38 @@ def build_parser() -> Parser:
         help="gets scores.txt, results.json, learning_curves.png, and NAME.html where --submit_dir has the run's "
         "NAME.json (default: ./)",
     )
-    parser.add_argument(
+    add(
         "--tasks",
         nargs="+",
         metavar="TASK",
         help=f"{', '.join(builtin_names())}, or a task's .toml (default: those with a file in --submit_dir)",
     )
-    parser.add_argument(
+    add(
         "--protocol",
         choices=("official", "fast"),
         default="official",
         help="official: their arithmetic; fast: the same recipe and random numbers, compiled and in "
         "bfloat16 where that gains (default: official)",
     )
-    parser.add_argument(
-        "--epochs",
-        type=number_from(0),
-        default=1000,
-        metavar="N",
-        help="train epochs 0 to N inclusive (default: 1000)",
+    add(
+        "--epochs", type=number_from(0), default=1000, metavar="N", help="train epochs 0 to N inclusive (default: 1000)"
     )
-    parser.add_argument(
+    add(
         "--max-steps",
         type=number_from(1),
         metavar="S",
         help="end a run after S SGD steps, with the optimiser restarted at half of them (default: no such end)",
     )
-    parser.add_argument(
-        "--runs", type=number_from(1), default=3, metavar="N", help="networks trained a task (default: 3)"
-    )
-    parser.add_argument(
+    add("--runs", type=number_from(1), default=3, metavar="N", help="networks trained per task (default: 3)")
+    add(
         "--seed",
         type=number_from(0),
         default=0,
         metavar="N",
         help="seeds torch once, before the first run (default: 0)",
     )
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any (default: auto)"
-    )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    add_device(parser)
+    add("--debug", action="store_true", help="show tracebacks")
     return parser
 
 
@@ -126,17 +119,17 @@ def evaluate(options: argparse.Namespace) -> None:
     """Check all files, score each task, write the scores. Raises a BankoError for what a person can mend."""
     device = choose_device(options.device)
     schedule = Schedule(options.epochs, options.max_steps)
-    jobs = [open_job(task, options) for task in choose_tasks(options.tasks, options.submit_dir)]
-    for job in jobs:
-        check_memory(job, schedule, device)
+    entries = [open_entry(task, options) for task in choose_tasks(options.tasks, options.submit_dir)]
+    for entry in entries:
+        check_memory(entry, schedule, device)
     make_writable(options.output_dir)
     keep_freed_memory()
-    arithmetic = prepare(jobs[0], schedule, device) if options.protocol == "fast" else None
-    for job in jobs:
-        announce(job, schedule, options.runs, device, arithmetic)
+    arithmetic = prepare(entries[0], schedule, device) if options.protocol == "fast" else None
+    for entry in entries:
+        announce(entry, schedule, options.runs, device, arithmetic)
     # Once, before the first run: the runs and tasks that follow go on with the generator as they find it.
     torch.manual_seed(options.seed)
-    scores = [score_task(job, schedule, options.runs, device, arithmetic) for job in jobs]
+    scores = [score_task(entry, schedule, options.runs, device, arithmetic) for entry in entries]
     write_results(scores, options, device, arithmetic)
     print(summary(scores))
 
@@ -162,7 +155,7 @@ def choose_tasks(wanted: Sequence[str] | None, submit_dir: Path) -> list[Task]:
     return present
 
 
-def open_job(task: Task, options: argparse.Namespace) -> Job:
+def open_entry(task: Task, options: argparse.Namespace) -> Entry:
     """Both files of a task, checked. Raises InputFileError."""
     file = options.submit_dir / f"{task.name}.pt"
     submission = read_submission(file, task)
@@ -171,7 +164,7 @@ def open_job(task: Task, options: argparse.Namespace) -> Job:
     # What makes a file useless is no reason not to score it: the organisers would.
     for finding in findings:
         print(f"warning: {file}: {finding.text}", file=sys.stderr)
-    return Job(task, submission, truth, findings)
+    return Entry(task, submission, truth, findings)
 
 
 def make_writable(folder: Path) -> None:
@@ -183,84 +176,84 @@ def make_writable(folder: Path) -> None:
         raise OutputError(f"cannot write into {folder} ({error.strerror})") from error
 
 
-def check_memory(job: Job, schedule: Schedule, device: torch.device) -> None:
+def check_memory(entry: Entry, schedule: Schedule, device: torch.device) -> None:
     """Refuse, before memory is taken, images too large to train on in batches as they are. Raises InputFileError."""
-    need = FEATURE_MAPS * 4 * WIDTH * job.task.size**2 * batch_size(job, schedule)
+    need = FEATURE_MAPS * 4 * WIDTH * entry.task.size**2 * batch_size(entry, schedule)
     free = memory_free() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
     if need > free:
         raise InputFileError(
-            f"{job.task.name}: training on batches of {batch_size(job, schedule)} images of {job.task.size} px takes "
-            f"about {need / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free: score smaller images, or elsewhere"
+            f"{entry.task.name}: training on batches of {batch_size(entry, schedule)} images of {entry.task.size} px "
+            f"takes about {need / 1e9:.0f} GB, and {free / 1e9:.0f} GB are free: score smaller images, or elsewhere"
         )
 
 
-def prepare(job: Job, schedule: Schedule, device: torch.device) -> Arithmetic:
+def prepare(entry: Entry, schedule: Schedule, device: torch.device) -> Arithmetic:
     """Find out how to be fast here; the random numbers stay as they are."""
     print("compiling the network (half a minute, the first time)", flush=True)
     with torch.random.fork_rng():
-        arithmetic = probe(new_net(job, device), batch_size(job, schedule))
+        arithmetic = probe(new_net(entry, device), batch_size(entry, schedule))
     if not arithmetic.compiled:
         print("warning: nothing to compile with here (no C++ compiler?), so this will be slower", file=sys.stderr)
     return arithmetic
 
 
-def announce(job: Job, schedule: Schedule, runs: int, device: torch.device, arithmetic: Arithmetic | None) -> None:
+def announce(entry: Entry, schedule: Schedule, runs: int, device: torch.device, arithmetic: Arithmetic | None) -> None:
     """Say what is to come and about how long it takes, from one timed step of training."""
-    steps = schedule.steps(len(job.train.labels))
-    images, labels = job.train.images[: schedule.batch_size], job.train.labels[: schedule.batch_size]
+    steps = schedule.steps(len(entry.train.labels))
+    images, labels = entry.train.images[: schedule.batch_size], entry.train.labels[: schedule.batch_size]
     ticks: list[float] = []
     # On the side: the random numbers of the runs, and so their results, stay what they were.
     with torch.random.fork_rng():
-        net = new_net(job, device)
-        forward = choose_forward(net, job, schedule, arithmetic)
+        net = new_net(entry, device)
+        forward = choose_forward(net, entry, schedule, arithmetic)
         two_steps = Schedule(epochs=1)  # the first of them warms up
         train(net, images, labels, two_steps, lambda step, measure: ticks.append(time.perf_counter()), forward)
     seconds = ticks[1] - ticks[0]
     print(
-        f"{job.task.name}: {job.ipc} images a class, {len(job.test.labels):,} test images; "
+        f"{entry.task.name}: {entry.ipc} images per class, {len(entry.test.labels):,} test images; "
         f"{runs} run{'s' * (runs > 1)} of {steps:,} steps, about {duration(runs * steps * seconds)} on {device.type}",
         flush=True,
     )
 
 
 def score_task(
-    job: Job, schedule: Schedule, runs: int, device: torch.device, arithmetic: Arithmetic | None = None
+    entry: Entry, schedule: Schedule, runs: int, device: torch.device, arithmetic: Arithmetic | None = None
 ) -> Score:
     """Train and test as many networks as there are runs, with the random numbers as they come."""
-    train_images, train_labels = job.train.images, job.train.labels
+    train_images, train_labels = entry.train.images, entry.train.labels
     if device.type == "cuda":
         train_images, train_labels = train_images.to(device), train_labels.to(device)
     steps = schedule.steps(len(train_labels))
     done = []
     for run in range(runs):
-        net = new_net(job, device)
-        progress = Progress(f"{job.task.name} run {run + 1}/{runs}", steps, schedule.images_a_step(len(train_labels)))
-        forward = choose_forward(net, job, schedule, arithmetic)
+        net = new_net(entry, device)
+        progress = Progress(f"{entry.task.name} run {run + 1}/{runs}", steps, schedule.images_a_step(len(train_labels)))
+        forward = choose_forward(net, entry, schedule, arithmetic)
         train(net, train_images, train_labels, schedule, progress.step, forward, record=arithmetic is not None)
-        tested = assess(net, job.test.images, job.test.labels, schedule.batch_size)
+        tested = assess(net, entry.test.images, entry.test.labels, schedule.batch_size)
         done.append(Run(tested.measure.accuracy, tested.predictions, progress.measures))
         print(
             f"{progress.name}: accuracy {tested.measure.accuracy:.4f} on the test images after {progress.spent}",
             flush=True,
         )
-    return Score(job, done, steps)
+    return Score(entry, done, steps)
 
 
-def new_net(job: Job, device: torch.device) -> ConvNet:
+def new_net(entry: Entry, device: torch.device) -> ConvNet:
     """A network of the task's shape, initialised by torch's generator."""
-    return ConvNet(len(job.task.classes), job.task.size).to(device)
+    return ConvNet(len(entry.task.classes), entry.task.size).to(device)
 
 
 def choose_forward(
-    net: ConvNet, job: Job, schedule: Schedule, arithmetic: Arithmetic | None
+    net: ConvNet, entry: Entry, schedule: Schedule, arithmetic: Arithmetic | None
 ) -> Callable[[torch.Tensor], torch.Tensor]:
     """What computes the logits in training: the network as it is, or under `fast` as was found to be fastest."""
-    return net if arithmetic is None else make_forward(net, batch_size(job, schedule), arithmetic)
+    return net if arithmetic is None else make_forward(net, batch_size(entry, schedule), arithmetic)
 
 
-def batch_size(job: Job, schedule: Schedule) -> int:
+def batch_size(entry: Entry, schedule: Schedule) -> int:
     """Images in the largest batch there will be."""
-    return min(schedule.batch_size, len(job.train.labels))
+    return min(schedule.batch_size, len(entry.train.labels))
 
 
 class Progress:
@@ -312,12 +305,15 @@ def write_results(
     results = figures(scores) | settings
     write_json(folder / "results.json", results)
     for score in scores:
-        name = score.job.task.name
+        name = score.entry.task.name
         try:
             manifest = read_manifest(options.submit_dir / f"{name}.json")
-            write_report(folder / f"{name}.html", score.job.task, manifest, score.job.train.images, results)
+            check_it_describes(manifest, score.entry.task, score.entry.train.images)
         except InputFileError as error:
             print(f"no report on {name}: {error}")
+        else:
+            page = render(score.entry.task, manifest, score.entry.train.images, results)
+            write_whole(folder / f"{name}.html", page.encode())
 
 
 def duration(seconds: float) -> str:

@@ -11,12 +11,11 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from submission.cli import Parser, number_from
+from submission.arguments import Parser, exit_code_of, number_from
 from submission.errors import InputFileError, UsageError, cannot_write
 from submission.tasks import builtin_names
 from submission.tasks.parse import MAX_BYTES, check_file_name, check_size, default_prompt
-from tools.command import exit_code_of
-from tools.image_folder import find_images, mean_and_deviation
+from tools.reading.image_folder import find_images, mean_and_deviation
 
 # Of ImageNet's training images: photographs of all kinds of things.
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -42,7 +41,7 @@ name = "{name}"  # of the files: {name}.pt, {name}.json, {name}.png
 size = {size}  # pixels, height = width of the images in the file
 mean = {mean}  # per channel, of pixels in 0..1: (pixel - mean) / std is what the file holds, {source}
 std = {std}
-max_ipc = 500  # the most images a class in the file
+max_ipc = 500  # the most images per class in the file
 
 # `described` is sent to the model as it stands; `label`, where you add one, is what `--prompts label` sends, instead of
 # the name. `kind` says which of the phrasings below suit the class; `wnid` may name its folder of test images, too.
@@ -67,22 +66,23 @@ def build_parser() -> Parser:
         epilog="example:\n  ./run.sh init my-classes.toml --classes names.txt --size 64\n  ./run.sh my-classes.toml\n\n"
         "exit codes: 0 written; 2 usage; 5 it cannot be written; 6 the names or images were refused",
     )
-    parser.add_argument("file", type=Path, metavar="TASK.toml", help="a new file; its name becomes the task's")
-    parser.add_argument(
+    add = parser.add_argument
+    add("file", type=Path, metavar="TASK.toml", help="a new file; its name becomes the task's")
+    add(
         "--classes",
         type=Path,
         required=True,
         metavar="NAMES.txt",
-        help="UTF-8 text, a class a line, in the order of their labels; empty lines are passed over",
+        help="UTF-8 text, a class per line, in the order of their labels; empty lines are passed over",
     )
-    parser.add_argument(
+    add(
         "--size",
         type=number_from(1),
         default=64,
         metavar="PX",
         help="height and width of the images in pixels, even, 8 to 1024 (default: 64)",
     )
-    parser.add_argument(
+    add(
         "--images",
         type=Path,
         metavar="DIR",

@@ -24,12 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from submission.checkpoint import WEIGHTS
-from submission.cli import Parser, number_from
+from submission.arguments import Parser, exit_code_of, number_from
 from submission.errors import OutputError, UsageError
+from submission.model.checkpoint import WEIGHTS
 from submission.tasks import PromptStyle, builtin_names, load_task
-from tools.command import exit_code_of
-from tools.embedded.layout import build_tokenizer
+from tools.training.layout import build_tokenizer
 
 CONFIGS = Path(__file__).parent / "sdxl_turbo"
 # What `small` changes: widths, and depths of what is deep.
@@ -66,14 +65,15 @@ def build_parser() -> Parser:
         "  ./run.sh cifar100 --model models/random --resolution 64\n\n"
         "exit codes: 0 written; 2 usage; 5 it cannot be written",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="a new folder")
-    parser.add_argument(
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="a new folder")
+    add(
         "--size",
         choices=("full", "small"),
         default="full",
         help="full: as large as SDXL-Turbo, 7 GB; small: a few MB (default: full)",
     )
-    parser.add_argument("--seed", type=number_from(0), default=0, metavar="N", help="of the weights (default: 0)")
+    add("--seed", type=number_from(0), default=0, metavar="N", help="of the weights (default: 0)")
     return parser
 
 

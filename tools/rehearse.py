@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submission.budget import parse_seconds
-from submission.cli import Parser
+from submission.arguments import Parser, exit_code_of, parse_seconds
 from submission.errors import InputFileError
 from submission.tasks import Task, load_task
-from tools.audit import audit
-from tools.command import exit_code_of
+from tools.scoring.findings import audit
 
 RUN = Path(__file__).resolve().parents[1] / "run.sh"
 # What a harness outside does not set.
@@ -49,16 +47,15 @@ def build_parser() -> Parser:
         epilog="example:\n  ./run.sh rehearse cifar100 --limit 10m --max-ipc 10000\n\n"
         "exit codes: 0 pass; 2 usage; 6 fail",
     )
-    parser.add_argument("task", metavar="TASK", help="the job's: a built-in one, or the path of a task's .toml")
-    parser.add_argument(
+    add = parser.add_argument
+    add("task", metavar="TASK", help="the job's: a built-in one, or the path of a task's .toml")
+    add(
         "--limit",
         default="600",
         metavar="TIME",
         help="when the job is killed, and its --budget, in seconds or minutes: 600, 90s or 10m (default: 600)",
     )
-    parser.add_argument(
-        "--output", type=Path, default=Path("outputs"), metavar="DIR", help="gets the job's files (default: outputs/)"
-    )
+    add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="gets the job's files (default: outputs/)")
     return parser
 
 

@@ -16,6 +16,7 @@ import copy
 import json
 import logging
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,17 +29,18 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from submission.cli import Parser
-from submission.device import choose_device
+from submission.arguments import Parser, add_device, exit_code_of
 from submission.errors import InputFileError, OutputError, UsageError
+from submission.machine.device import choose_device
 from submission.tasks import Task, load_task
-from tools.command import exit_code_of
-from tools.embedded import diffusion, distil, vae
-from tools.embedded.critic import STEPS, Critic, load_critic, train_critic
-from tools.embedded.diffusion import Teacher, noise_schedule, train_diffusion
-from tools.embedded.distil import Pairs, make_pairs, train_distil, train_match
-from tools.embedded.images import RealImages
-from tools.embedded.layout import (
+from tools.reading.training_data import SOURCES, load_training_images
+from tools.scoring.training import keep_freed_memory
+from tools.training import diffusion, distil, vae
+from tools.training.critic import STEPS, Critic, load_critic, train_critic
+from tools.training.diffusion import Teacher, noise_schedule, train_diffusion
+from tools.training.distil import Pairs, make_pairs, train_distil, train_match
+from tools.training.images import RealImages
+from tools.training.layout import (
     CANVAS,
     LATENT_SHAPE,
     TRAINED,
@@ -49,27 +51,23 @@ from tools.embedded.layout import (
     save_networks,
     token_ids,
 )
-from tools.embedded.progress import Progress, begin_stage, save_whole, start
-from tools.embedded.prompts import STYLE_SHARES, Prompts, encode_prompts, prompts_of
-from tools.training import keep_freed_memory
-from tools.training_data import SOURCES, load_training_images
+from tools.training.progress import Progress, begin_stage, save_whole, start
+from tools.training.prompts import STYLE_SHARES, Prompts, encode_prompts, prompts_of
 
 TASKS = ("cifar100", "tinyimagenet")
+STAGES = ("vae", "diffusion", "distil", "match")
 SHRUNK_AT_ONCE = 2048  # images
 SHEET_CLASSES, SHEET_IMAGES = 10, 8
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line asks for. Steps are optimiser steps; `save_every` counts those of every stage."""
+    """What the command line asks for: optimiser `steps` by stage, of which the state is saved after `save_every`."""
 
     data: Path
     output: Path
     seed: int
-    vae_steps: int
-    diffusion_steps: int
-    distil_steps: int
-    match_steps: int
+    steps: Mapping[str, int]
     save_every: int
     resume: bool
     device: str
@@ -90,13 +88,10 @@ def build_parser() -> Parser:
         epilog="example:\n  ./run.sh train-embedded --data DATA --output outputs/embedded --resume\n\n"
         "exit codes: 0 trained; 2 usage; 5 output cannot be written; 6 the images were refused",
     )
-    parser.add_argument(
-        "--data", type=Path, required=True, metavar="DIR", help="real images: cifar100/train, tinyimagenet/*.zip"
-    )
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="gets checkpoint, log, state and sample sheets"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random (default: 0)")
+    add = parser.add_argument
+    add("--data", type=Path, required=True, metavar="DIR", help="real images: cifar100/train, tinyimagenet/*.zip")
+    add("--output", type=Path, required=True, metavar="DIR", help="gets checkpoint, log, state and sample sheets")
+    add("--seed", type=int, default=0, metavar="N", help="of all that is random (default: 0)")
     for name, steps, of_what in (
         ("--vae-steps", 5000, f"optimiser steps of {vae.BATCH} images for the VAE"),
         ("--diffusion-steps", 6500, f"those of {diffusion.BATCH} latents for teacher and text encoders"),
@@ -104,12 +99,10 @@ def build_parser() -> Parser:
         ("--match-steps", 600, f"those of {distil.MATCH_BATCH} for the student, as likely as the teacher's"),
         ("--save-every", 500, "steps between saves of the state, and of sample sheets once there is a student"),
     ):
-        parser.add_argument(name, type=int, default=steps, metavar="N", help=f"{of_what} (default: {steps})")
-    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT/state.pt where there is one")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any (default: auto)"
-    )
-    parser.add_argument(
+        add(name, type=int, default=steps, metavar="N", help=f"{of_what} (default: {steps})")
+    add("--resume", action="store_true", help="go on from OUTPUT/state.pt where there is one")
+    add_device(parser)
+    add(
         "--threads",
         type=int,
         default=2,
@@ -121,11 +114,12 @@ def build_parser() -> Parser:
 
 def parse(argv: list[str] | None) -> Options:
     """Raises UsageError."""
-    options = Options(**vars(build_parser().parse_args(argv)))
-    for name in ("vae_steps", "diffusion_steps", "distil_steps", "match_steps", "save_every", "threads"):
-        if getattr(options, name) < 1:
+    options = vars(build_parser().parse_args(argv))
+    for name in (*(f"{stage}_steps" for stage in STAGES), "save_every", "threads"):
+        if options[name] < 1:
             raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
-    return options
+    steps = {stage: options.pop(f"{stage}_steps") for stage in STAGES}
+    return Options(steps=steps, **options)
 
 
 def run(options: Options) -> None:
@@ -159,18 +153,18 @@ def train(options: Options) -> None:
         options.save_every,
         trained,
         torch.Generator(device).manual_seed(options.seed),
-        {"device": device.type, "seed": options.seed, **stage_steps(options)},
+        {"device": device.type, "seed": options.seed, **options.steps},
     )
     start(progress, resume=options.resume)
     images = real_images(options.data, tasks, device)
     if progress.stage == "vae":
-        vae.train_vae(networks, critic_of(options, images), progress, images, options.vae_steps)
+        vae.train_vae(networks, critic_of(options, images), progress, images, options.steps["vae"])
         begin_stage(progress, "diffusion")
     prompts = prompts_of(networks, tasks, images.counts)
     if progress.stage == "diffusion":
         # Mirrored too: a class is as likely to be seen so.
         both = torch.cat([vae.encode_images(networks.vae, p) for p in (images.pixels, images.pixels.flip(-1))])
-        train_diffusion(networks, unet, progress, prompts, both, images.labels.repeat(2), options.diffusion_steps)
+        train_diffusion(networks, unet, progress, prompts, both, images.labels.repeat(2), options.steps["diffusion"])
         for follower in (networks.unet, rival):
             follower.load_state_dict(unet.state_dict())
         begin_stage(progress, "distil")
@@ -178,20 +172,10 @@ def train(options: Options) -> None:
     on_save = partial(draw_samples, options, networks, tasks)
     if progress.stage == "distil":
         pairs = pairs_of(options, teacher, prompts, device)
-        train_distil(networks, progress, teacher.encoded, pairs, options.distil_steps, on_save)
+        train_distil(networks, progress, teacher.encoded, pairs, options.steps["distil"], on_save)
         begin_stage(progress, "match")
-    train_match(networks, teacher, rival, progress, prompts, options.match_steps, on_save)
+    train_match(networks, teacher, rival, progress, prompts, options.steps["match"], on_save)
     write_checkpoint(options, networks, progress)
-
-
-def stage_steps(options: Options) -> dict[str, int]:
-    """Optimiser steps of each stage."""
-    return {
-        "vae": options.vae_steps,
-        "diffusion": options.diffusion_steps,
-        "distil": options.distil_steps,
-        "match": options.match_steps,
-    }
 
 
 def all_prompts(tasks: list[Task]) -> list[str]:
@@ -265,14 +249,14 @@ def write_checkpoint(options: Options, networks: Networks, progress: Progress) -
         "objective": "VAE: L1 + KL + critic's features; teacher: v-prediction; "
         "student: regression to the teacher's guided samples, then distribution matching",
         "seed": options.seed,
-        "steps": {"critic": STEPS, **stage_steps(options)},
+        "steps": {"critic": STEPS, **options.steps},
         "device": torch.cuda.get_device_name() if networks.unet.device.type == "cuda" else "cpu",
         "threads": options.threads,
         "seconds": round(progress.seconds),
-        "losses": progress.log[-1:],
+        "losses": progress.journal.lines[-1:],
     }
     (folder / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
-    (folder / "training.log").write_text("".join(line + "\n" for line in progress.log))
+    (folder / "training.log").write_text("".join(line + "\n" for line in progress.journal.lines))
     print(f"{folder}: written after {progress.seconds:.0f} s of training", flush=True)
 
 

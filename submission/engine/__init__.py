@@ -1,6 +1,7 @@
 """Where images come from: one device in this process (`alone`), or many through Ray (`fleet`).
 
-The generating loop asks either for image numbers (`ask`) and gets `events` back. Imports neither torch nor Ray.
+The generating loop asks either for images by their numbers (`ask`) and gets `events` back. Imports neither torch nor
+Ray.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +11,21 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from submission.progress import Log
+from submission.log import Log
 
 # How a device makes its images, in the words of the manifest, and what that took of it so far.
 Facts = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What each of so many `devices` is, `cpu` or `cuda`, and what it shares: it computes on so many `threads` (None:
+    all there are), and so many devices are `sharing` a machine's memory."""
+
+    kind: str
+    threads: int | None = None
+    sharing: int = 1
+    devices: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,6 +94,41 @@ class Maker(Protocol):
 # Loads a generator inside so many seconds of the budget, in the manner of the device with these facts and network or,
 # with None, in its own. Raises UsageError and CheckpointError.
 Load = Callable[[float, Facts | None, bytes | None, Log], Maker]
+
+
+class Engine(Protocol):
+    """Devices that make images, `count` of them, each a `placement`.
+
+    It is `alone` where the only device is this process. Each device should have `depth` batches in hand. To end them
+    takes `seconds_to_close`.
+    """
+
+    alone: bool
+    depth: int
+    seconds_to_close: float
+    placement: Placement
+
+    @property
+    def count(self) -> int: ...
+
+    def load(self, load: Load, seconds_left: Callable[[], float]) -> None:
+        """Has all devices load their generators."""
+
+    def ask(self, device: int, numbers: NDArray[np.int64], *, disturbed: bool, compiled: bool) -> None:
+        """Puts a batch of images into a device's hands, `disturbed` by a snapshot that is being written, to be made by
+        networks that are `compiled` or not."""
+
+    def events(self, seconds: float) -> Sequence[Event]:
+        """What has happened, waiting so many seconds for something to. Raises UsageError."""
+
+    def restart(self, device: int) -> bool:
+        """Starts a device anew, whatever has become of it; False where that cannot be."""
+
+    def stop(self, device: int) -> None:
+        """Ends a device; nothing of what it had in hand comes back."""
+
+    def close(self, patience: float = 1.0) -> None:
+        """Ends all that was started, waiting so many seconds for it to be gone: on any thread, and more than once."""
 
 
 def manner(facts: Facts) -> tuple[object, ...]:

@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from submission.engine import Event, Failed, Load, Made, NoMemoryError, Ready
-from submission.progress import Log
+from submission.engine import Event, Failed, Load, Made, NoMemoryError, Placement, Ready
+from submission.log import Log
 
 
 class Alone:
-    """An engine of one device; `submission.engine.fleet.Fleet` says what its parts are for."""
+    """An engine (`submission.engine.Engine`) of one device."""
 
-    count = depth = sharing = 1
-    cores = None
+    alone = True
+    count = depth = 1
     seconds_to_close = 0.0
 
     def __init__(self, kind: str, log: Log) -> None:
-        self.kind = kind
+        self.placement = Placement(kind)
         self._log = log
         self._events: list[Event] = []
         self._asked: tuple[NDArray[np.int64], bool, bool] | None = None
@@ -28,7 +28,7 @@ class Alone:
         began = time.perf_counter()
         self._maker = load(seconds_left(), None, None, self._log)
         seconds = time.perf_counter() - began
-        ready = Ready(0, self.kind, socket.gethostname(), self._maker.facts(), seconds, self._maker.network)
+        ready = Ready(0, self.placement.kind, socket.gethostname(), self._maker.facts(), seconds, self._maker.network)
         self._events = [ready]
 
     def ask(self, device: int, numbers: NDArray[np.int64], *, disturbed: bool, compiled: bool) -> None:

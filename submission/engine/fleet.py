@@ -1,53 +1,41 @@
-"""Several devices through Ray: an actor a device, on this machine or in a cluster.
+"""Several devices through Ray: an actor per device, on this machine or in a cluster.
 
-Ray is imported here alone, and not before it is needed. Its own start takes seconds, on a thread, while the job gets
-ready. No actor is restarted by Ray: whether that pays, the job decides.
+Ray is imported here and in `ray_session` alone, and not before it is needed. No actor is restarted by Ray: whether that
+pays, the job decides.
 """
 
-import atexit
-import ctypes
-import logging
 import os
-import secrets
-import shutil
 import socket
-import subprocess
 import sys
-import tempfile
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from numpy.typing import NDArray
 
-from submission.budget import start_budget
-from submission.engine import Event, Facts, Failed, Load, Made, Maker, NoMemoryError, Ready, first_line, manner
+from submission.engine import (
+    Event,
+    Facts,
+    Failed,
+    Load,
+    Made,
+    Maker,
+    NoMemoryError,
+    Placement,
+    Ready,
+    first_line,
+    manner,
+)
+from submission.engine.ray_session import RaySession
 from submission.errors import BankoError, UsageError
-from submission.progress import Log
+from submission.log import Log
+from submission.plan.budget import start_budget
 
-PACKAGE = Path(__file__).resolve().parents[1]
-# Bytes of a batch up to which its images come straight to the driver, and of the store that larger ones pass through.
-DIRECT, STORE = 64 << 20, 128 << 20
-# Seconds between two looks at whether a cluster has grown, and in which one has to answer.
-CLUSTER_LOOK, CLUSTER_PATIENCE = 2.0, 5.0
-# What is left to do where this process is killed, and its end of a pipe closed: Ray's agents would wait for a minute
-# for one that answers. They are known by the logs that they write to.
-WATCH = """
-read -r _
-for process in /proc/[0-9]*; do
-    if ls -l "$process/fd" 2>/dev/null | grep -qF "$1/"; then kill -9 "${process#/proc/}"; fi
-done
-rm -rf "$1"
-"""
-# Linux: processes whose parent dies become children of this one, so that they can be found (prctl(2)).
-PR_SET_CHILD_SUBREAPER = 36
+# Seconds between two looks at whether a cluster has grown.
+CLUSTER_LOOK = 2.0
 
 
 class Actor:
@@ -105,12 +93,10 @@ class _Member:
 
 
 class Fleet:
-    """An engine of as many devices as were asked for, or as a cluster has GPUs; then `count` grows with it.
+    """An engine (`submission.engine.Engine`) of as many devices as were asked for, or as a cluster has GPUs; then
+    `count` grows with it."""
 
-    `kind` is what they are, `cpu` or `cuda`, `depth` how many batches each should have in hand. Of those on a machine,
-    `sharing` share its memory, and each has so many of its `cores`; None: all. To end them takes `seconds_to_close`.
-    """
-
+    alone = False
     depth = 2
     seconds_to_close = 0.5
 
@@ -118,56 +104,30 @@ class Fleet:
         """Starts Ray on this machine, for `count` devices of a `kind`, and does not wait for it; or joins a `cluster`
         for so many, or with None for all its GPUs, where the kind may be `auto`. Raises UsageError.
         """
-        self.kind = kind
-        self.cores: int | None = None
-        self.sharing = count or 1
         self._wanted, self._cluster, self._log = count, cluster, log
-        self._members: list[_Member] = []
         self._load: Load | None = None
         self._seconds_left: Callable[[], float] = lambda: 0.0
         self._like: Facts | None = None
         self._network: bytes | None = None
         self._looked_at = 0.0
-        self._folder: Path | None = None
-        self._heart: list[psutil.Process] = []
-        self._watch: subprocess.Popen[bytes] | None = None
-        self._before = {child.pid for child in psutil.Process().children(recursive=True)}
-        self._trouble: UsageError | None = None
-        self._connected, self._closed = threading.Event(), threading.Event()
-        self._began = log.budget.elapsed
-        if cluster is None:
-            self._members = [_Member() for _ in range(self.sharing)]
-            cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-            self.cores = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, cores // self.sharing)
-            if kind == "cpu" and self.sharing > cores:
-                log.warn(f"{count} devices share {cores} cores")
-        # The thread stays: Ray's processes end with the one that started them.
-        threading.Thread(target=self._connect, name="ray", daemon=True).start()
-        if cluster is not None:
-            self._connected.wait()
-            if self._trouble:
-                raise self._trouble
+        self._session = RaySession(kind, count or 1, cluster, log)
+        self.placement = self._here(kind, count or 1) if cluster is None else self._there(kind, cluster)
+        self._members = [_Member() for _ in range(self.placement.devices)]
 
     @property
     def count(self) -> int:
         return len(self._members)
 
     def load(self, load: Load, seconds_left: Callable[[], float]) -> None:
-        """Has all devices load their generators."""
         self._load, self._seconds_left = load, seconds_left
 
     def ask(self, device: int, numbers: NDArray[np.int64], *, disturbed: bool, compiled: bool) -> None:
-        """Puts a batch of images into a device's hands, `disturbed` by a snapshot that is being written, to be made by
-        networks that are `compiled` or not."""
         member, make = self._members[device], self._members[device].handle.make
         member.refs.append(make.remote(device, numbers, socket.gethostname(), disturbed=disturbed, compiled=compiled))
 
     def events(self, seconds: float) -> Sequence[Event]:
-        """What has happened, waiting so many seconds for something to. Raises UsageError."""
-        if not self._connected.wait(seconds):
+        if not self._session.connected(seconds):
             return []
-        if self._trouble:
-            raise self._trouble
         import ray  # noqa: PLC0415
 
         self._grow()
@@ -185,13 +145,10 @@ class Fleet:
         return [event for event in events if event]
 
     def restart(self, device: int) -> bool:
-        """Starts a device anew, whatever has become of it; False where Ray itself is gone."""
-        alive = all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in self._heart)
-        self._members[device].wanted = alive
-        return alive
+        self._members[device].wanted = self._session.alive()
+        return self._members[device].wanted
 
     def stop(self, device: int) -> None:
-        """Ends a device; nothing of what it had in hand comes back."""
         import ray  # noqa: PLC0415
 
         handle, self._members[device] = self._members[device].handle, _Member(wanted=False)
@@ -199,113 +156,35 @@ class Fleet:
             ray.kill(handle, no_restart=True)
 
     def close(self, patience: float = 1.0) -> None:
-        """Ends all that was started, waiting so many seconds for it to be gone: on any thread, and more than once."""
         if self._cluster is not None:
-            for index in range(self.count if self._connected.is_set() else 0):
+            for index in range(self.count):
                 self.stop(index)
-            self._closed.set()
-            return
-        until = time.monotonic() + patience
-        while left := [child for child in _descendants() if child.pid not in self._before]:
-            for child in left:
-                with suppress(psutil.NoSuchProcess):
-                    child.kill()
-            if time.monotonic() >= until:
-                return
-            time.sleep(0.01)
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-        self._closed.set()
+        self._session.close(patience)
 
-    def _connect(self) -> None:
-        """Starts Ray, or joins it; then waits until it is over."""
-        os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-        if self._cluster is None:
-            # Other users of this machine reach its ports, too: whoever has no token is refused.
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        wish = "several devices on this machine" if self._cluster is None else f"--cluster {self._cluster}"
-        try:
-            import ray  # noqa: PLC0415
+    def _here(self, kind: str, count: int) -> Placement:
+        """Devices of this machine, which share its cores."""
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        if kind == "cpu" and count > cores:
+            self._log.warn(f"{count} devices share {cores} cores")
+        threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, cores // count)
+        return Placement(kind, threads, count, count)
 
-            logging.getLogger("ray").setLevel(logging.ERROR)
-            # It would print a paragraph for everyone who dies; the job has a line for that.
-            ray._private.worker.print_to_stdstream = lambda *_, **__: None
-            atexit.unregister(ray.shutdown)  # which would wait for what `close` has ended
-            if self._cluster is None:
-                self._start_ray()
-            else:
-                self._join(self._cluster)
-        except ImportError:
-            self._trouble = UsageError(
-                f"{wish}: Ray is missing; pip install -r requirements-ray.txt brings it, one device needs none"
-            )
-        except UsageError as error:
-            self._trouble = error
-        except Exception as error:  # noqa: BLE001  of many classes, some of them Ray's own
-            self._trouble = UsageError(f"{wish}: Ray does not start or answer ({first_line(error)})")
-        self._log.spans["start Ray"] = self._began, self._log.budget.elapsed
-        self._log.timings["start Ray"] = self._log.budget.elapsed - self._began
-        self._connected.set()
-        self._closed.wait()
-
-    def _start_ray(self) -> None:
-        import ray  # noqa: PLC0415
-
-        if sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        self._folder = Path(tempfile.mkdtemp(prefix="banko-ray-"))
-        watch = ["/bin/sh", "-c", WATCH, "watch", str(self._folder)]
-        self._watch = subprocess.Popen(watch, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        ray.init(
-            address="local",
-            num_cpus=self.count,
-            num_gpus=self.count if self.kind == "cuda" else 0,
-            object_store_memory=STORE,
-            include_dashboard=False,
-            configure_logging=False,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-            _plasma_directory=str(self._folder),  # shared memory is scarce in containers
-            _temp_dir=str(self._folder),
-            _system_config={
-                # Its watch over memory would end actors where the page cache fills that; the kernel knows better.
-                "memory_monitor_refresh_ms": 0,
-                # Where Ray itself is gone, this process goes on without it. It would be ended after a minute, or when
-                # it next touches the store, which images therefore pass by.
-                "gcs_rpc_server_reconnect_timeout_s": 86400,
-                "max_direct_call_object_size": DIRECT,
-                "task_rpc_inlined_bytes_limit": DIRECT,
-            },
-        )
-        self._heart = [child for child in psutil.Process().children() if child.name() in ("gcs_server", "raylet")]
-
-    def _join(self, address: str) -> None:
-        import ray  # noqa: PLC0415
-
-        host, _, port = address.rpartition(":")
-        if host:  # Ray itself would try for minutes
-            socket.create_connection((host, int(port)), timeout=CLUSTER_PATIENCE).close()
-        ray.init(
-            address=address,
-            runtime_env={"py_modules": [str(PACKAGE)]},
-            configure_logging=False,
-            log_to_driver=False,
-        )
-        nodes = [node["Resources"] for node in _nodes()]
+    def _there(self, kind: str, address: str) -> Placement:
+        """Devices of a cluster, once it has answered. Raises UsageError."""
+        self._session.connected(None)
+        nodes = self._session.nodes()
         cores, gpus = [int(node.get("CPU", 0)) for node in nodes], sum(int(node.get("GPU", 0)) for node in nodes)
-        if self.kind != "cpu" and gpus:
-            self.kind = "cuda"
-        elif self.kind == "cuda":
+        if kind != "cpu" and gpus:
+            kind = "cuda"
+        elif kind == "cuda":
             raise UsageError(f"--device cuda: the Ray cluster {address} has no GPU")
         elif self._wanted is None:
             raise UsageError(f"the Ray cluster {address} has no GPU: --devices says how many devices its CPUs are")
         else:
-            self.kind = "cpu"
+            kind = "cpu"
         devices = self._wanted or gpus
-        self._members = [_Member() for _ in range(devices)]
-        self.cores = 1 if self.kind == "cpu" else None
-        self.sharing = -(-devices // len(nodes))
         self._log.say(f"Ray cluster: {len(nodes)} nodes, {sum(cores)} CPUs, {gpus} GPUs; {devices} devices of it")
+        return Placement(kind, 1 if kind == "cpu" else None, -(-devices // len(nodes)), devices)
 
     def _grow(self) -> None:
         """Takes in GPUs that have joined the cluster."""
@@ -313,14 +192,14 @@ class Fleet:
         if self._cluster is None or self._wanted is not None or now - self._looked_at < CLUSTER_LOOK:
             return
         self._looked_at = now
-        for _ in range(self.count, sum(int(node["Resources"].get("GPU", 0)) for node in _nodes())):
+        for _ in range(self.count, sum(int(node.get("GPU", 0)) for node in self._session.nodes())):
             self._members.append(_Member())
             self._log.say(f"the cluster has grown: device {self.count} is started")
 
     def _start(self, index: int) -> None:
         import ray  # noqa: PLC0415
 
-        needs = {"num_gpus": 1, "num_cpus": 0} if self.kind == "cuda" else {"num_cpus": 1}
+        needs = {"num_gpus": 1, "num_cpus": 0} if self.placement.kind == "cuda" else {"num_cpus": 1}
         # Ray restarts nothing; whether that pays, the job decides.
         actor = ray.remote(Actor).options(**needs, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")
         self._members[index] = _Member(actor.remote(self._load), wanted=False)
@@ -328,7 +207,9 @@ class Fleet:
 
     def _ask_to_load(self, index: int) -> None:
         member = self._members[index]
-        member.refs.append(member.handle.load.remote(index, self.kind, self._seconds_left(), self._like, self._network))
+        member.refs.append(
+            member.handle.load.remote(index, self.placement.kind, self._seconds_left(), self._like, self._network)
+        )
 
     def _outcome(self, index: int, ref: Any) -> Event | None:
         """What has become of something that a device was asked for; None where it is asked once more."""
@@ -351,18 +232,3 @@ class Fleet:
                 self._ask_to_load(index)
                 return None
         return event
-
-
-def _nodes() -> list[dict[str, Any]]:
-    """The nodes of the cluster that are there."""
-    import ray  # noqa: PLC0415
-
-    every: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-    return [node for node in every if node["Alive"]]
-
-
-def _descendants() -> list[psutil.Process]:
-    with suppress(psutil.NoSuchProcess):
-        children = psutil.Process().children(recursive=True)
-        return [child for child in children if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
-    return []

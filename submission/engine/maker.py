@@ -11,36 +11,35 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from submission import pipeline
-from submission.calibration import choose_decoder
-from submission.checkpoint import EMBEDDED, Checkpoint, fingerprint, inspect
-from submission.crowding import Crowding
-from submission.decoder import load_student, save_student
-from submission.device import choose_device
-from submission.engine import Facts, NoMemoryError, first_line
+from submission.engine import Facts, NoMemoryError, Placement, first_line
 from submission.errors import BankoError, CheckpointError, UsageError
-from submission.generator import Generator, load_generator
-from submission.needs import room_for_projections
-from submission.progress import Log
-from submission.work import JobConfig
-from submission.working_memory import WorkingMemory
+from submission.log import Log
+from submission.machine.crowding import Crowding
+from submission.machine.device import choose_device
+from submission.machine.memory import WorkingMemory
+from submission.model import pipeline
+from submission.model.calibration import choose_decoder
+from submission.model.checkpoint import EMBEDDED, Checkpoint, fingerprint, inspect
+from submission.model.decoder import load_student, save_student
+from submission.model.footprint import room_for_projections
+from submission.model.generator import Generator, load_generator
+from submission.model.image_spec import ImageSpec
 
 
 @dataclass(frozen=True)
 class Loading:
-    """What a device loads. It is a GPU or, with `kind` cpu, so many `threads` (None: all there are); `sharing` devices
-    share a machine's memory, and there are so many `devices` in all. `label` is the fingerprint of the checkpoint,
-    `embedded` whether that comes with the code. `decoder` and `network` are what a run before has chosen and fitted.
+    """What a device loads, to make images for a file of at most `cap` per class.
+
+    `label` is the fingerprint of the checkpoint; `embedded` says that it comes with the code, wherever that is.
+    `decoder` and `network` are what a run before has chosen and fitted.
     """
 
-    config: JobConfig
+    image: ImageSpec
+    cap: int
     checkpoint: Checkpoint
     label: str
     embedded: bool
-    kind: str
-    threads: int | None = None
-    sharing: int = 1
-    devices: int = 1
+    placement: Placement
     decoder: Mapping[str, Any] | None = None
     network: bytes | None = None
 
@@ -48,7 +47,7 @@ class Loading:
 @dataclass
 class GeneratorMaker:
     """A generator, and how its process is doing. Once compiled, it makes batches of the size `compiled` alone; where
-    that has failed, it `refuses` to be."""
+    compiling has failed, it `refuses` to be."""
 
     generator: Generator
     device: torch.device
@@ -139,30 +138,21 @@ def load_maker(
 
     Raises UsageError and CheckpointError.
     """
-    config, device = loading.config, choose_device(loading.kind)
-    if loading.threads:
-        torch.set_num_threads(loading.threads)
-    checkpoint, began = loading.checkpoint, time.perf_counter()
+    image, checkpoint, placement = loading.image, loading.checkpoint, loading.placement
+    device, began = choose_device(placement.kind), time.perf_counter()
+    if placement.threads:
+        torch.set_num_threads(placement.threads)
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of what it has loaded before, which would count as taken
     dtype = getattr(torch, like["unet_dtype"].removeprefix("torch.")) if like else pipeline.choose_dtype(device)
     chosen, network = (like["decoder"], network) if like else (loading.decoder, loading.network)
-    with lack_of_memory_said(config):
-        generator = load_generator(
-            config.task,
-            checkpoint,
-            device,
-            log,
-            style=config.prompts,
-            seed=config.seed,
-            resolution=config.resolution,
-            dtype=dtype,
-            project_prompts=room_for_projections(config, checkpoint, device, dtype, loading.sharing, log),
-        )
+    with lack_of_memory_said(image.resolution):
+        room = room_for_projections(image, checkpoint, device, dtype, placement.sharing, log)
+        generator = load_generator(image, checkpoint, device, log, dtype=dtype, project_prompts=room)
         with log.phase("choose decoder"):
             if chosen and chosen["fitted_to"]:
                 generator.decoder = replace(
-                    load_student(network or b"", chosen["name"], config.task.size, device),
+                    load_student(network or b"", chosen["name"], image.task.size, device),
                     fitted_to=chosen["fitted_to"],
                     fidelity=chosen["fidelity_db"],
                 )
@@ -170,11 +160,11 @@ def load_maker(
             else:
                 generator.decoder = choose_decoder(
                     generator,
-                    chosen["name"] if chosen else config.decoder,
+                    chosen["name"] if chosen else image.decoder,
                     pipeline.load_tiny(checkpoint, device, generator.vae.dtype),
                     left=seconds_left - (time.perf_counter() - began),
-                    cap=config.cap,
-                    devices=loading.devices,
+                    cap=loading.cap,
+                    devices=placement.devices,
                     log=log,
                 )
     return GeneratorMaker(generator, device, log, WorkingMemory.watch(), Crowding())
@@ -199,14 +189,14 @@ def load_elsewhere(
 
 
 @contextmanager
-def lack_of_memory_said(config: JobConfig) -> Iterator[None]:
+def lack_of_memory_said(resolution: int | None) -> Iterator[None]:
     """Raises UsageError where the model does not fit into memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        wish = f" at {config.resolution} px" if config.resolution else ""
+        wish = f" at {resolution} px" if resolution else ""
         raise UsageError(f"no memory for the model and its first images{wish}: lower --resolution") from error
 
 

@@ -6,7 +6,7 @@ A task file of one's own has the same form. The least it can hold:
     size = 64                     # pixels, height = width, even
     mean = [0.5, 0.5, 0.5]        # per channel, of pixels in 0..1
     std = [0.25, 0.25, 0.25]
-    max_ipc = 500                 # the most images a class the file may hold
+    max_ipc = 500                 # the most images per class in the file
     classes = [
       { index = 0, name = "house_cat" },
       { index = 1, name = "dog", described = "a photo of a dog playing on a lawn" },

@@ -30,7 +30,7 @@ class Task:
     size: int  # pixels, height = width of the images in the file
     mean: tuple[float, float, float]  # per channel (RGB), of pixels in 0..1
     std: tuple[float, float, float]
-    max_ipc: int  # the cap: the most images a class the file may hold
+    max_ipc: int  # the cap: the most images per class that the file may hold
     classes: tuple[TaskClass, ...]
     phrasings: Mapping[str, tuple[str, ...]]  # kind -> templates with one {}; all lists of one length
 

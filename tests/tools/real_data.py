@@ -1,21 +1,21 @@
 """Real images from ../shared/data, in the forms that the tools take; tests that ask for them skip without it."""
 
 import functools
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from submission.dataset_file import mean_and_std
+from submission.dataset.dataset_file import mean_and_std
 from submission.tasks import Task
-from tools.training_data import LabelledImages, load_training_images, read_grids
+from tests.paths import SHARED
+from tools.reading.training_data import TrainingImages, load_training_images, read_grids
 
-FOLDER = Path(__file__).parents[3] / "shared" / "data"
+FOLDER = SHARED / "data"
 
 
 def real_subset(task: Task, ipc: int, seed: int) -> torch.Tensor:
-    """So many training images a class drawn at random, normalised, class by class: float32 [classes * ipc, 3, H, W]."""
+    """So many training images per class drawn at random, normalised, by class: float32 [classes * ipc, 3, H, W]."""
     found = _training_images(task.name, task.size)
     generator = np.random.default_rng(seed)
     chosen = [generator.choice(np.flatnonzero(found.labels == one.index), ipc, replace=False) for one in task.classes]
@@ -29,13 +29,13 @@ def real_test_images(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @functools.cache
-def _training_images(task: str, size: int) -> LabelledImages:
+def _training_images(task: str, size: int) -> TrainingImages:
     _skip_without_data()
     return load_training_images(FOLDER, task, size)
 
 
 @functools.cache
-def _test_images(size: int) -> LabelledImages:
+def _test_images(size: int) -> TrainingImages:
     _skip_without_data()
     return read_grids(FOLDER / "cifar100" / "test_dev", size)
 

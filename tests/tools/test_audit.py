@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from submission.dataset_file import mean_and_std
+from submission.dataset.dataset_file import mean_and_std
 from submission.tasks import Task, load_task
+from tests.paths import ROOT
 from tools import audit
-from tools.tensor_files import LabelledImages
+from tools.reading.tensor_files import LabelledImages
+from tools.scoring.findings import inspect
 
 CIFAR100 = load_task("cifar100")
 
@@ -34,7 +36,7 @@ def normalised(pixels: torch.Tensor, task: Task = CIFAR100) -> torch.Tensor:
 def inspected(images: torch.Tensor) -> dict[str, bool]:
     """Codes of what is found, and whether they are fatal."""
     labels = torch.arange(100).repeat_interleave(len(images) // 100)
-    return {one.code: one.fatal for one in audit.inspect(LabelledImages(images, labels), CIFAR100)}
+    return {one.code: one.fatal for one in inspect(LabelledImages(images, labels), CIFAR100)}
 
 
 @given(
@@ -84,10 +86,10 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     file = tmp_path / "cifar100.pt"
     torch.save(normalised(pixels()), file)
     command = [sys.executable, "-m", "tools.audit", str(file), "--json", str(tmp_path / "found.json")]
-    root = Path(__file__).parents[2]
+    root = ROOT
     finished = subprocess.run(command, cwd=root, check=False, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.startswith(f"{file}: 2 images a class for the 100 classes of cifar100, float32\ngood;")
+    assert finished.stdout.startswith(f"{file}: 2 images per class for the 100 classes of cifar100, float32\ngood;")
     assert json.loads((tmp_path / "found.json").read_text()) == {
         "file": str(file),
         "task": "cifar100",

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from submission import cli
+from tests.paths import ROOT
 from tools import evaluate
-from tools.fast import Arithmetic
+from tools.scoring.fast import Arithmetic
 
 SHORT = ["--max-steps", "12", "--runs", "2"]
 
@@ -25,7 +26,7 @@ def _leave_the_allocator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folders(tmp_path: Path, task_file: Path) -> list[str]:
-    """Arguments for an easy task: classes of noise about a prototype each, 4 images a class."""
+    """Arguments for an easy task: classes of noise about a prototype each, 4 images per class."""
     generator = torch.Generator().manual_seed(0)
     prototypes = torch.randn(3, 3, 16, 16, generator=generator)
     labels = torch.arange(3).repeat_interleave(4)
@@ -48,9 +49,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 def test_from_the_command_line(folders: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.evaluate", *folders, *SHORT]
-    finished = subprocess.run(
-        command, cwd=Path(__file__).parents[2], check=False, capture_output=True, text=True, timeout=200
-    )
+    finished = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
     found = results(tmp_path)
     assert found["protocol"] == "official"
@@ -67,7 +66,7 @@ def test_from_the_command_line(folders: list[str], tmp_path: Path) -> None:
     assert (tmp_path / "out" / "scores.txt").read_text() == f"correct: {found['score']}"
     # An estimate first, then an accuracy a run, then the table with chance beside it.
     lines = finished.stdout.splitlines()
-    assert "4 images a class" in lines[0]
+    assert "4 images per class" in lines[0]
     assert "2 runs of 12 steps, about" in lines[0]
     assert sum("accuracy" in line for line in lines) == 2
     assert "0.3333" in lines[-6]

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from submission.checkpoint import SDXL_TURBO, SDXL_TURBO_REVISION, identity, inspect
+from submission.model.checkpoint import SDXL_TURBO, SDXL_TURBO_REVISION, inspect, weight_digests
 from tools import fetch_weights
 
 
 @pytest.fixture(autouse=True)
 def published(monkeypatch: pytest.MonkeyPatch, checkpoint_folder: Path) -> None:
     """The tests' own small checkpoint is what is published, and there is no network."""
-    monkeypatch.setattr(fetch_weights, "SDXL_TURBO_SHA256", identity(inspect(checkpoint_folder, "test")))
+    monkeypatch.setattr(fetch_weights, "SDXL_TURBO_SHA256", weight_digests(inspect(checkpoint_folder, "test")))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 

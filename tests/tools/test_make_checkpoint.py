@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
 
-from submission import checkpoint
+from submission.model import checkpoint
+from tests.paths import SHARED
 from tools import make_checkpoint
 
-FACTS = Path(__file__).parents[3] / "shared" / "reference" / "sdxl-turbo.json"
+FACTS = SHARED / "reference" / "sdxl-turbo.json"
 
 
 @pytest.fixture(scope="module")

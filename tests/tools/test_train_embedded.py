@@ -14,16 +14,16 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from PIL import Image
 from torch import Tensor
 
+from submission.model.checkpoint import EMBEDDED
 from submission.tasks import PromptStyle, Task, load_task
 from tests import forked
+from tests.paths import ROOT, SHARED
 from tools import train_embedded
-from tools.embedded import arithmetic, layout
-from tools.embedded.progress import save_whole
-from tools.embedded.vae import normalise_latents
+from tools.training import arithmetic, layout
+from tools.training.progress import save_whole
+from tools.training.vae import normalise_latents
 
-ROOT = Path(__file__).parents[2]
-EMBEDDED = ROOT / "submission" / "pretrained"
-REAL = ROOT.parent / "shared" / "data"
+REAL = SHARED / "data"
 STYLES: tuple[PromptStyle, ...] = ("label", "described", "diverse")
 
 
@@ -53,7 +53,7 @@ def start(data: Path, output: Path, *more: str) -> ForkServerProcess:
     arguments = ["--data", str(data), "--output", str(output), *options, *more]
     log = output.with_suffix(".errors")
     return forked.start_command(
-        train_embedded.main, arguments, log, folder=ROOT, environment={}, fault="small_training"
+        train_embedded.main, arguments, log, folder=ROOT, environment={}, fault=forked.small_training
     )
 
 

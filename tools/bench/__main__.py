@@ -5,27 +5,24 @@
 
 import argparse
 import importlib
-import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from submission.cli import Parser
+from submission.arguments import Parser, exit_code_of
 from submission.errors import OutputError
-from submission.manifest import write_json
-from tools.command import exit_code_of
+from submission.machine.disk import write_json
 
+BENCHES = ("card", "evaluator", "scaling", "scheduler", "throughput")
 CODES = "exit codes: 0 measured; 2 usage; 5 figures cannot be written; 6 a run it measures failed"
 EPILOG = f"example:\n  ./run.sh bench scheduler --traces 10000\n\n{CODES}"
 
 
 def find_benches() -> dict[str, ModuleType]:
-    """Benchmarks by name: a module beside this file with `add_arguments(parser)`, `measure(options)`, which returns its
-    figures by name, and `table(figures)`, which shows them to a person."""
-    folder = str(Path(__file__).parent)
-    names = [found.name for found in pkgutil.iter_modules([folder]) if found.name != "__main__"]
-    return {name: importlib.import_module(f"tools.bench.{name}") for name in names}
+    """The modules by name. Each has `add_arguments(parser)`, `measure(options)`, which returns its figures by name, and
+    `table(figures)`, which shows them to a person."""
+    return {name: importlib.import_module(f"tools.bench.{name}") for name in BENCHES}
 
 
 def build_parser(benches: Mapping[str, ModuleType]) -> Parser:

@@ -19,20 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from submission import pipeline
-from submission.budget import Budget, parse_seconds, start_budget
-from submission.calibration import SAMPLES, draw, gather, rungs, worth
-from submission.checkpoint import choose
-from submission.cli import number_from
-from submission.decoder import canvases, decode, full_decoder, psnr
-from submission.device import choose_device
+from submission.arguments import add_device, number_from, parse_seconds
 from submission.engine import first_line
 from submission.errors import BudgetError, InputFileError, UsageError
-from submission.generator import Generator, load_generator
-from submission.progress import Log
+from submission.log import Log
+from submission.machine.device import choose_device
+from submission.machine.memory import peak_memory
+from submission.model import pipeline
+from submission.model.calibration import SAMPLES, draw, gather, worth
+from submission.model.checkpoint import choose
+from submission.model.decoder import canvases, decode, full_decoder, ladder, psnr
+from submission.model.generator import Generator, load_generator
+from submission.model.image_spec import ImageSpec
+from submission.plan.budget import Budget, start_budget
 from submission.tasks import builtin_names, load_task
-from submission.working_memory import peak_memory
-from tools.timing import fastest, gemm_flops, unet_flop, unet_step
+from tools.bench.timing import fastest, gemm_flops, unet_flop, unet_step
 
 PROJECT = Path(__file__).resolve().parents[2]
 # A larger batch is tried where the last one was faster by this factor, up to so many images.
@@ -46,21 +47,18 @@ BUDGET, KEPT = 600.0, 15.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", default="cifar100", help="whose prompts, and size of images (default: cifar100)")
-    parser.add_argument(
-        "--model", default="auto", help="a checkpoint, named as for the job; random weights do (default: auto)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--task", default="cifar100", help="whose prompts, and size of images (default: cifar100)")
+    add("--model", default="auto", help="a checkpoint, named as for the job; random weights do (default: auto)")
+    add(
         "--resolution",
         type=number_from(1),
         nargs="+",
         metavar="PX",
         help="widths of the canvas, in pixels (default: the checkpoint's own, and half of it from 256 px on)",
     )
-    parser.add_argument("--limit", default="6m", metavar="TIME", help="what would exceed it is left out (default: 6m)")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)"
-    )
+    add("--limit", default="6m", metavar="TIME", help="what would exceed it is left out (default: 6m)")
+    add_device(parser)
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
@@ -76,13 +74,13 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     first_image = time_to_first_image(options) if budget.left > 2 * JOB_LIMIT else None
     own = checkpoint.resolution_for(task.size)
     resolutions = options.resolution or ([own, own // 2] if own >= 256 else [own])
-    generator = load_generator(task, checkpoint, device, log, style="described", seed=0, resolution=resolutions[0])
+    generator = load_generator(ImageSpec(task, resolution=resolutions[0]), checkpoint, device, log)
     tiny = pipeline.load_tiny(checkpoint, device, generator.vae.dtype)
     gemm = gemm_flops(device, generator.sampler.dtype)
     rows = []
     for resolution in resolutions:
         sampler = pipeline.at_resolution(generator.sampler, checkpoint, resolution)
-        at = replace(generator, resolution=resolution, sampler=sampler)
+        at = replace(generator, sampler=sampler)
         rows.append(measure_resolution(at, tiny, gemm, budget, log))
     for row in rows:
         if budget.left > (1 - COMPILING_SHARE) * limit:
@@ -167,7 +165,7 @@ def measure_decoders(
     each = samples[1].sampling + samples[1].decoding
     fitted, held_out = next((n for n in SAMPLES if sum(n) * each <= SAMPLING_SHARE * limit), (0, 0))
     latents, pixels = gather(samples, drawing, fitted + held_out)
-    found = [full, *(rungs("auto", tiny, latents[:fitted], pixels[:fitted]) if fitted else ())]
+    found = [full, *(ladder("auto", tiny, latents[:fitted], pixels[:fitted]) if fitted else ())]
     many = latents.repeat(-(-DECODED // len(latents)), 1, 1, 1)[:DECODED] if fitted else latents
     figures = {}
     for rung in found:

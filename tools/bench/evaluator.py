@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from submission.cli import number_from
-from submission.device import choose_device
-from tools import dsa
-from tools.convnet import ConvNet
-from tools.fast import make_forward, probe
-from tools.training import BATCH_SIZE, Schedule, keep_freed_memory, train
+from submission.arguments import add_device, number_from
+from submission.machine.device import choose_device
+from tools.scoring import dsa
+from tools.scoring.convnet import ConvNet
+from tools.scoring.fast import make_forward, probe
+from tools.scoring.training import BATCH_SIZE, Schedule, keep_freed_memory, train
 
 CLASSES = 100
 # SGD steps per turn, and those of an epoch of CIFAR-100 with 500 images per class.
@@ -32,16 +32,11 @@ FULL_RECIPE = 1001 * 50_000  # images of a run on CIFAR-100 with 500 per class
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--size", type=number_from(16), default=32, metavar="PX", help="of the images, pixels (default: 32)"
-    )
-    parser.add_argument(
-        "--steps", type=number_from(1), metavar="N", help="SGD steps per turn (default: 6, on a GPU 1,000)"
-    )
-    parser.add_argument("--turns", type=number_from(1), default=7, metavar="N", help="turns a side (default: 7)")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to train (default: auto)"
-    )
+    add = parser.add_argument
+    add("--size", type=number_from(16), default=32, metavar="PX", help="of the images, pixels (default: 32)")
+    add("--steps", type=number_from(1), metavar="N", help="SGD steps per turn (default: 6, on a GPU 1,000)")
+    add("--turns", type=number_from(1), default=7, metavar="N", help="turns a side (default: 7)")
+    add_device(parser)
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:

@@ -17,18 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from submission.cli import number_from
+from submission.arguments import number_from
 from submission.errors import InputFileError
 
 RUN = Path(__file__).resolve().parents[2] / "run.sh"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--seconds", type=number_from(1), default=90, metavar="S", help="a run's budget, seconds (default: 90)"
-    )
-    parser.add_argument("--turns", type=number_from(1), default=3, metavar="N", help="runs a side (default: 3)")
-    parser.add_argument("--devices", type=number_from(2), default=2, metavar="N", help="against one (default: 2)")
+    add = parser.add_argument
+    add("--seconds", type=number_from(1), default=90, metavar="S", help="a run's budget, seconds (default: 90)")
+    add("--turns", type=number_from(1), default=3, metavar="N", help="runs a side (default: 3)")
+    add("--devices", type=number_from(2), default=2, metavar="N", help="against one (default: 2)")
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:

@@ -1,7 +1,7 @@
 """The planner on a fake clock over seeded traces of a machine, beside a fixed IPC, a one-shot estimate and an oracle.
 
 Each trace is a machine and its mishaps: how fast it generates at every moment, what a file costs, what goes wrong. The
-job's own `Scheduler` decides, as it does in `submission/job.py`; only the machine is made up. A stall is one of the
+job's own planner decides, as it does in `submission/job`; only the machine is made up. A stall is one of the
 device: it holds up generation, not the clock. The oracle knows the trace, and finds the largest IPC that could be
 generated with the best batch size and written in time, without any snapshot. The other policies have neither snapshots
 nor a guard: whoever is late has nothing.
@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from submission.batch_size import BatchSize
-from submission.budget import SNAPSHOT_CORE, Budget, Scheduler, Shape
-from submission.cli import number_from
-from submission.devices import Device
-from submission.estimates import Extent, FileCost
+from submission.arguments import number_from
+from submission.plan.budget import Budget
+from submission.plan.estimates import Composition, Extent, FileCost
+from submission.plan.file_plan import SNAPSHOT_CORE, FilePlan
+from submission.plan.planner import Planner
 
 KINDS = ("steady", "drift", "throttle", "stalls", "slow disk", "tiny budget", "an hour")
 # The speed of a trace is constant on so many slices of its budget.
@@ -41,28 +41,18 @@ ONE_SHOT_BATCHES, ONE_SHOT_BATCH, ONE_SHOT_BELIEF = 5, 32, 0.9
 
 
 @dataclass(frozen=True)
-class Trace:
-    """A machine over one budget: seconds unless said otherwise.
+class Machine:
+    """How fast images are made: so many seconds per `image` and per `batch`, whatever its size, at full speed.
 
-    `work[i]` is the generating done by the end of slice i where nothing else is, in seconds of full speed. `usual_pace`
-    is what someone would expect of an image before meeting this machine.
+    `work[i]` is the generating done by the end of slice i of `seconds` where nothing else is, in seconds of full speed.
+    `usual_pace` is what someone would expect of an image before meeting this machine.
     """
 
-    kind: str
-    seed: int
     seconds: float
-    start: float
-    shape: Shape
     image: float
-    batch: float  # of every batch, whatever its size
+    batch: float
     usual_pace: float
     work: tuple[float, ...]
-    file: tuple[float, float, float]  # fixed, generated image, copy
-    guess: tuple[float, float, float]
-    usual_images: float  # in the file that `file` was measured on
-    disk_slows_at: float
-    disk_factor: float
-    closing: float
 
     def generating(self, images: int, batch: int) -> float:
         """Seconds at full speed."""
@@ -84,19 +74,51 @@ class Trace:
         place = last + (target - before) / (self.work[last] - before)
         return max(now, slice_seconds * place)
 
+
+@dataclass(frozen=True)
+class Disk:
+    """What a file of `usual_images` costs in seconds, `fixed`, and per image, `generated` or a `copy`; from second
+    `slows_at` on, `factor` times as long."""
+
+    fixed: float
+    generated: float
+    copy: float
+    usual_images: float
+    slows_at: float
+    factor: float
+
+    def writing(self, extent: Extent, classes: int, now: float) -> float:
+        """Seconds to write a file that is begun at `now`."""
+        count = min(extent.rounds, extent.ipc)
+        images = classes * (self.generated * count + self.copy * (extent.ipc - count))
+        alone = self.fixed + images * math.pow(classes * extent.ipc / self.usual_images, FILE_GROWTH)
+        until = max(0.0, self.slows_at - now)
+        return alone if alone <= until else until + (alone - until) * self.factor
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A machine over a budget of so many seconds: when it begins to generate, what the planner guesses that a file
+    costs (fixed part, generated image, copy), and how long the process takes to end."""
+
+    kind: str
+    seed: int
+    seconds: float
+    start: float
+    composition: Composition
+    machine: Machine
+    disk: Disk
+    guess: tuple[float, float, float]
+    closing: float
+
     def writing(self, extent: Extent, now: float) -> float:
         """Seconds to write a file that is begun at `now`."""
-        fixed, generated, copy = self.file
-        count = min(extent.rounds, extent.ipc)
-        images = self.shape.classes * (generated * count + copy * (extent.ipc - count))
-        alone = fixed + images * math.pow(self.shape.classes * extent.ipc / self.usual_images, FILE_GROWTH)
-        until = max(0.0, self.disk_slows_at - now)
-        return alone if alone <= until else until + (alone - until) * self.disk_factor
+        return self.disk.writing(extent, self.composition.classes, now)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy came to: images a class on disk, when its process was gone, the share snapshots took."""
+    """What a policy came to: images per class on disk, when its process was gone, the share that snapshots took."""
 
     ipc: int
     end: float
@@ -108,34 +130,31 @@ def draw_trace(kind: str, seed: int) -> Trace:
     dice = random.Random(f"{kind} {seed}")
     seconds = {"tiny budget": dice.uniform(15, 40), "an hour": 3600.0}.get(kind, dice.choice([120.0, 300.0, 600.0]))
     start = dice.uniform(3, 6 if kind == "tiny budget" else 15)
-    shape = Shape(dice.choice([100, 200]), dice.choice([0, 4]), 10**7)
+    composition = Composition(dice.choice([100, 200]), dice.choice([0, 4]), 10**7)
     rounds = math.exp(dice.uniform(math.log(50), math.log(3000)))
-    usual_pace = (seconds - start) / (rounds * shape.classes)
+    usual_pace = (seconds - start) / (rounds * composition.classes)
     pace = usual_pace * math.exp(dice.gauss(0, MACHINE_SPREAD))
     overhead = dice.uniform(1, 12)  # of a batch, in images
     image = pace / (1 + overhead / LARGEST_BATCH)
     # The whole file takes this share of the budget, as it would be with the usual pace.
     share = math.exp(dice.uniform(math.log(5e-4), math.log(0.03)))
-    generated = share * seconds / (rounds * shape.classes * (1 + 2 * shape.copies))
+    generated = share * seconds / (rounds * composition.classes * (1 + 2 * composition.copies))
     file = (dice.uniform(0.02, 0.2), generated, 2 * generated)
     common = math.exp(dice.gauss(0, 0.7))
     guess = [cost * common * math.exp(dice.gauss(0, 0.3)) for cost in file]
     slow = kind == "slow disk"
+    work = tuple(accumulate(speed * seconds / SLICES for speed in draw_speeds(kind, seconds, dice)))
+    usual_images = rounds * composition.classes * (1 + composition.copies)
+    slows_at = seconds * dice.uniform(0.85, 0.98) if slow else math.inf
     return Trace(
         kind=kind,
         seed=seed,
         seconds=seconds,
         start=start,
-        shape=shape,
-        image=image,
-        batch=overhead * image,
-        usual_pace=usual_pace,
-        work=tuple(accumulate(speed * seconds / SLICES for speed in draw_speeds(kind, seconds, dice))),
-        file=file,
+        composition=composition,
+        machine=Machine(seconds, image, overhead * image, usual_pace, work),
+        disk=Disk(*file, usual_images, slows_at, dice.uniform(1.5, 4) if slow else 1.0),
         guess=(guess[0], guess[1], guess[2]),
-        usual_images=rounds * shape.classes * (1 + shape.copies),
-        disk_slows_at=seconds * dice.uniform(0.85, 0.98) if slow else math.inf,
-        disk_factor=dice.uniform(1.5, 4) if slow else 1.0,
         closing=dice.uniform(0.05, 0.3),
     )
 
@@ -161,70 +180,72 @@ def draw_speeds(kind: str, seconds: float, dice: random.Random) -> list[float]:
 
 
 def run_ours(trace: Trace) -> Outcome:
-    """The job's scheduler on this machine, as `generate` and `finish` in submission/job.py and the guard use it."""
+    """The job's planner on this machine, as `submission/job` and the guard use it."""
     clock, dice = _Clock(trace.start), random.Random(trace.seed)
-    cost = FileCost(trace.shape.classes, *trace.guess)
-    device = Device(BatchSize())
-    scheduler = Scheduler(Budget(trace.seconds, 0.0, clock), trace.shape, cost, [device])
+    files = FilePlan(
+        Budget(trace.seconds, 0.0, clock), trace.composition, FileCost(trace.composition.classes, *trace.guess)
+    )
+    planner, exit_at = Planner(files), trace.seconds - files.budget.exit_reserve
+    planner.expect(1, None)
+    device = planner.devices[0]
+    device.loaded("made up", "", {}, trace.start)
     making, remaining = None, 0.0  # the snapshot in the making, and the core's time it still needs
     alone = spent = 0.0
-    while size := scheduler.next_batch(device):
+    while size := planner.next_batch(device):
         began = clock.now
         device.give(np.arange(size), began)
-        ends = trace.after(began, trace.generating(size, size))
+        ends = trace.machine.after(began, trace.machine.generating(size, size))
         if disturbed := making is not None:
             slowed = min(remaining, (ends - began) * SNAPSHOT_CORE / (1 - SNAPSHOT_CORE))
             ends += slowed
             remaining -= slowed
         # The guard does not wait for a batch that does not come back.
-        overdue = max(began, scheduler.overdue_at())
-        if scheduler.rounds and ends > overdue:
+        overdue = max(began, files.overdue_at(planner.late_at))
+        if files.rounds and ends > overdue:
             clock.now = overdue
             break
-        if ends > trace.seconds - scheduler.last:
-            return Outcome(0, trace.seconds - scheduler.last)
+        if ends > exit_at:
+            return Outcome(0, exit_at)
         clock.now = ends
-        rounds = (scheduler.images + size) // trace.shape.classes
-        scheduler.observe(device, clock.now - began, size, rounds, disturbed=disturbed)
+        rounds = (planner.images + size) // trace.composition.classes
+        planner.observe(device, clock.now - began, size, rounds, disturbed=disturbed)
         if making and remaining <= 0:
-            scheduler.wrote(making, alone * dice.uniform(0.9, 1.3), spent)
+            files.placed(making)
+            files.wrote(making, alone * dice.uniform(0.9, 1.3), spent)
             making = None
-        if not making and (extent := scheduler.snapshot()) is not None:
+        if not making and (extent := files.due()) is not None:
             making = extent
             alone = trace.writing(extent, clock.now)
             spent = remaining = min(alone, trace.writing(extent, -math.inf))  # waiting for a disk costs no core
-    if not scheduler.rounds:
+    if not files.rounds:
         return Outcome(0, clock.now)
-    if making:
-        scheduler.spent += spent - remaining
-    while (extent := scheduler.last_file()) is not None and not scheduler.late():
+    snapshots = files.spent + (spent - remaining if making else 0.0)
+    while (extent := files.last_file()) is not None and not files.budget.late():
         began, takes = clock.now, trace.writing(extent, clock.now) * dice.uniform(0.9, 1.1)
         for look in range(1, LOOKS + 1):
             clock.now = began + takes * look / LOOKS
-            if clock.now > trace.seconds - scheduler.last:
-                clock.now = trace.seconds - scheduler.last
-                return Outcome(_ipc(scheduler), clock.now, scheduler.spent / trace.seconds)
-            if scheduler.too_slow(extent, began, look / LOOKS):
+            if clock.now > exit_at:
+                return Outcome(_ipc(files), exit_at, snapshots / trace.seconds)
+            if files.too_slow(extent, began, look / LOOKS):
                 break
         else:
-            scheduler.in_place = extent
-    end = min(clock.now + trace.closing, trace.seconds - scheduler.last + 0.05)
-    return Outcome(_ipc(scheduler), end, scheduler.spent / trace.seconds)
+            files.placed(extent)
+    return Outcome(_ipc(files), min(clock.now + trace.closing, exit_at + 0.05), snapshots / trace.seconds)
 
 
 def run_fixed(trace: Trace) -> Outcome:
     """As many rounds as someone would choose by hand who knows machines like this one."""
-    pace = trace.usual_pace
-    return _run_blind(trace, int(FIXED_USE * (trace.seconds - trace.start) / (pace * trace.shape.classes)), trace.start)
+    rounds = FIXED_USE * (trace.seconds - trace.start) / (trace.machine.usual_pace * trace.composition.classes)
+    return _run_blind(trace, int(rounds), trace.start)
 
 
 def run_one_shot(trace: Trace) -> Outcome:
     """As many rounds as the first batches promise, and not asked again."""
     now = trace.start
     for _ in range(ONE_SHOT_BATCHES):
-        began, now = now, trace.after(now, trace.generating(ONE_SHOT_BATCH, ONE_SHOT_BATCH))
+        began, now = now, trace.machine.after(now, trace.machine.generating(ONE_SHOT_BATCH, ONE_SHOT_BATCH))
     pace = (now - began) / ONE_SHOT_BATCH
-    rounds = int(ONE_SHOT_BELIEF * (trace.seconds - trace.start) / (pace * trace.shape.classes))
+    rounds = int(ONE_SHOT_BELIEF * (trace.seconds - trace.start) / (pace * trace.composition.classes))
     return _run_blind(trace, rounds, trace.start, ONE_SHOT_BATCH)
 
 
@@ -249,13 +270,10 @@ POLICIES: dict[str, Callable[[Trace], Outcome]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--traces", type=number_from(len(KINDS)), default=2000, metavar="N", help="made-up machines (default: 2000)"
-    )
-    parser.add_argument("--seed", type=number_from(0), default=0, metavar="N", help="of the first trace (default: 0)")
-    parser.add_argument(
-        "--processes", type=number_from(1), default=2, metavar="N", help="that share the work (default: 2)"
-    )
+    add = parser.add_argument
+    add("--traces", type=number_from(len(KINDS)), default=2000, metavar="N", help="made-up machines (default: 2000)")
+    add("--seed", type=number_from(0), default=0, metavar="N", help="of the first trace (default: 0)")
+    add("--processes", type=number_from(1), default=2, metavar="N", help="that share the work (default: 2)")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -320,11 +338,11 @@ def _try_all(kind: str, seed: int) -> list[tuple[float, bool, float, float]]:
 
 def _run_blind(trace: Trace, rounds: int, now: float, batch: int = LARGEST_BATCH) -> Outcome:
     """So many rounds generated and written, whatever the time."""
-    images = rounds * trace.shape.classes
-    now = trace.after(now, trace.generating(images, batch))
+    images = rounds * trace.composition.classes
+    now = trace.machine.after(now, trace.machine.generating(images, batch))
     if math.isfinite(now):
-        now += trace.writing(trace.shape.extent(rounds), now)
-    return Outcome(trace.shape.ipc(rounds), now)
+        now += trace.writing(trace.composition.extent(rounds), now)
+    return Outcome(trace.composition.ipc(rounds), now)
 
 
 @dataclass
@@ -335,8 +353,8 @@ class _Clock:
         return self.now
 
 
-def _ipc(scheduler: Scheduler) -> int:
-    return scheduler.in_place.ipc if scheduler.in_place else 0
+def _ipc(files: FilePlan) -> int:
+    return files.in_place.ipc if files.in_place else 0
 
 
 def _mean(values: Sequence[float]) -> float:

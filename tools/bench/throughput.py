@@ -22,20 +22,21 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from submission import pipeline
-from submission.augment import augment
-from submission.batch_size import BatchSize
-from submission.budget import start_budget
-from submission.calibration import choose_decoder
-from submission.checkpoint import choose
-from submission.cli import batch_size, number_from
-from submission.decoder import full_decoder
-from submission.device import choose_device
-from submission.generator import Generator, load_generator
-from submission.progress import Log
+from submission.arguments import add_device, batch_size, number_from
+from submission.dataset.augment import augment
+from submission.log import Log
+from submission.machine.device import choose_device
+from submission.machine.memory import forget_peak, peak_memory
+from submission.model import pipeline
+from submission.model.calibration import choose_decoder
+from submission.model.checkpoint import choose
+from submission.model.decoder import RUNGS, full_decoder
+from submission.model.generator import Generator, load_generator
+from submission.model.image_spec import ImageSpec
+from submission.plan.batch_size import BatchSize
+from submission.plan.budget import start_budget
 from submission.tasks import load_task
-from submission.working_memory import forget_peak, peak_memory
-from tools.timing import fastest, gemm_flops, synchronise, unet_flop, unet_step
+from tools.bench.timing import fastest, gemm_flops, synchronise, unet_flop, unet_step
 
 PROJECT = Path(__file__).resolve().parents[2]
 COPIES = 4  # of an image, as published
@@ -53,51 +54,37 @@ class Side:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--task", default="cifar100", help="whose prompts (default: cifar100)")
-    parser.add_argument("--model", default="embedded", help="a checkpoint, named as for the job (default: embedded)")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--task", default="cifar100", help="whose prompts (default: cifar100)")
+    add("--model", default="embedded", help="a checkpoint, named as for the job (default: embedded)")
+    add(
         "--resolution",
         type=number_from(1),
         metavar="PX",
         help="width of the canvas, in pixels (default: the checkpoint's own)",
     )
-    parser.add_argument(
+    add(
         "--batch-size",
         type=batch_size,
         metavar="N",
         help="images made at a time, or auto: what measures best (default: auto)",
     )
-    parser.add_argument(
-        "--decoder",
-        choices=("auto", "linear", "distilled", "tiny", "vae"),
-        default="auto",
-        help="as for the job (default: auto)",
-    )
-    parser.add_argument("--compile", action="store_true", help="also measure networks that are compiled, last")
-    parser.add_argument("--turns", type=number_from(1), default=5, metavar="N", help="turns a side (default: 5)")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to run (default: auto)"
-    )
+    add("--decoder", choices=("auto", *RUNGS), default="auto", help="as for the job (default: auto)")
+    add("--compile", action="store_true", help="also measure networks that are compiled, last")
+    add("--turns", type=number_from(1), default=5, metavar="N", help="turns a side (default: 5)")
+    add_device(parser)
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
-    """Images a second and peak memory by side, ratios to the published recipe, and how well the UNet uses the machine.
+    """Images per second and peak memory by side, ratios to the published recipe, and how the UNet uses the machine.
 
     Raises a BankoError where the job would.
     """
     log = Log("kept", start_budget(SETTLE_SECONDS, time.time()))
     device = choose_device(options.device)
     checkpoint = choose(options.model, cuda=device.type == "cuda", environment=os.environ, root=PROJECT)
-    generator = load_generator(
-        load_task(options.task),
-        checkpoint,
-        device,
-        log,
-        style="described",
-        seed=0,
-        resolution=options.resolution,
-        project_prompts=False,
-    )
+    image = ImageSpec(load_task(options.task), resolution=options.resolution)
+    generator = load_generator(image, checkpoint, device, log, project_prompts=False)
     cheap = replace(generator)
     tiny = pipeline.load_tiny(checkpoint, device, generator.vae.dtype)
     cheap.decoder = choose_decoder(
@@ -149,7 +136,7 @@ def table(figures: dict[str, Any]) -> str:
         f"({figures['speedup_least']:.2f} to {figures['speedup_most']:.2f})"
     )
     lines.append(
-        f"UNet alone: {figures['unet_images_per_second']:.3g} images/s, {figures['unet_flop'] / 1e9:,.3g} GFLOP an "
+        f"UNet alone: {figures['unet_images_per_second']:.3g} images/s, {figures['unet_flop'] / 1e9:,.3g} GFLOP per "
         f"image, {figures['unet_flops'] / 1e9:,.0f} of the {figures['gemm_flops'] / 1e9:,.0f} GFLOP/s of a matrix "
         f"product ({figures['unet_fraction_of_gemm_peak']:.0%}); ours takes "
         f"{figures['unet_images_per_second'] / list(rates.values())[-1]:.2f} times the UNet's time"

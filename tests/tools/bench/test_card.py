@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from submission import calibration
+from submission.model import calibration
+from tests.paths import ROOT
 from tools.bench import __main__ as bench
 from tools.bench import card
-
-ROOT = Path(__file__).parents[3]
 
 
 def test_from_the_command_line(

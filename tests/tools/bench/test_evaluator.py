@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.paths import ROOT
 from tools.bench.__main__ import main
 
 
@@ -15,7 +16,7 @@ def test_from_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.bench", "evaluator", "--size", "16", "--steps", "1", "--turns", "2"]
     finished = subprocess.run(
         [*command, "--json", str(tmp_path / "figures.json")],
-        cwd=Path(__file__).parents[3],
+        cwd=ROOT,
         env=os.environ | {"TORCHDYNAMO_DISABLE": "1"},  # to compile takes longer than all the rest
         check=False,
         capture_output=True,

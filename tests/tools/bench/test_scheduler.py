@@ -33,7 +33,7 @@ def test_no_policy_in_time_is_ahead_of_the_oracle(kind: str, seed: int) -> None:
     best = run_oracle(trace)
     for policy in (run_ours, run_fixed):
         outcome = policy(trace)
-        assert outcome.end > trace.seconds or outcome.ipc <= 1.02 * best.ipc + trace.shape.copies + 1
+        assert outcome.end > trace.seconds or outcome.ipc <= 1.02 * best.ipc + trace.composition.copies + 1
 
 
 @given(st.sampled_from(KINDS), st.integers(0, 10**6))
@@ -41,6 +41,6 @@ def test_no_policy_in_time_is_ahead_of_the_oracle(kind: str, seed: int) -> None:
 def test_work_takes_its_time_in_one_piece_or_in_two(kind: str, seed: int) -> None:
     trace, dice = draw_trace(kind, seed), random.Random(seed)
     now, work = dice.uniform(0, trace.seconds / 2), dice.uniform(0, trace.seconds / 4)
-    whole = trace.after(now, work)
+    whole = trace.machine.after(now, work)
     assert whole >= now
-    assert trace.after(trace.after(now, work / 3), work * 2 / 3) == pytest.approx(whole)
+    assert trace.machine.after(trace.machine.after(now, work / 3), work * 2 / 3) == pytest.approx(whole)

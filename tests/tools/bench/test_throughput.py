@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.paths import ROOT
+
 
 def test_from_the_command_line(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.bench", "throughput", "--turns", "1", "--batch-size", "2"]
     finished = subprocess.run(
         [*command, "--json", str(tmp_path / "figures.json")],
-        cwd=Path(__file__).parents[3],
+        cwd=ROOT,
         check=False,
         capture_output=True,
         text=True,

@@ -1,0 +1,104 @@
+"""Command lines: help that shows examples as they were written, types of arguments, errors to one line and a code."""
+
+import argparse
+import re
+import signal
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import NoReturn
+
+from submission.errors import BankoError, InputFileError, UsageError
+
+
+class Parser(argparse.ArgumentParser):
+    """Help whose examples stand as they were written, and wrong usage said in one line."""
+
+    def __init__(self, *, prog: str, description: str, epilog: str) -> None:
+        text = textwrap.fill(description, width=100)
+        super().__init__(
+            prog=prog, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UsageError.exit_code, f"error: {message}; {self.prog} --help says more\n")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """`--device`, of the tools that compute."""
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any (default: auto)"
+    )
+
+
+def exit_code_of(work: Callable[[], int | None], *, debug: bool = False) -> int:
+    """The exit code of a command: 0 or what `work` returns; an error's own, told in one line; 130 after Ctrl-C.
+
+    Args:
+        debug: let errors through, with their tracebacks.
+    """
+    try:
+        return work() or 0
+    except BankoError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except OSError as error:  # of a file or folder that was handed to the command: what it writes has errors of its own
+        if debug or error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return InputFileError.exit_code
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def parse_seconds(text: str, option: str = "--budget") -> float:
+    """Reads a duration, `600`, `90s` or `10m`, in seconds. Raises UsageError, naming the `option`, for all else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m)?", text.strip())
+    seconds = float(match[1]) * (60 if match[2] == "m" else 1) if match else 0.0
+    if seconds <= 0:
+        raise UsageError(f"{option} {text!r} is not a duration: write seconds or minutes, as in 600, 90s or 10m")
+    return seconds
+
+
+def number_from(low: int) -> Callable[[str], int]:
+    """An argparse type: whole numbers not below `low`."""
+
+    def number(text: str) -> int:
+        # Python itself reads and takes more: 1_000, digits of all scripts, and numbers no library can hold.
+        if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {low} or more")
+        return int(text)
+
+    return number
+
+
+def batch_size(text: str) -> int | None:
+    """An argparse type: a batch size; `auto` is None."""
+    return None if text == "auto" else number_from(1)(text)
+
+
+def devices(text: str) -> tuple[str | None, int | None]:
+    """An argparse type: `auto`, a number, or `cpu:` and a number, as kind and number; None is whatever there is."""
+    if text == "auto":
+        return None, None
+    kind, separator, count = text.rpartition(":")
+    if kind != ("cpu" if separator else ""):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, a number such as 8, and cpu:2")
+    return kind or None, number_from(1)(count)
+
+
+def cluster(text: str) -> str:
+    """An argparse type: the address of a Ray cluster."""
+    if text != "auto" and not re.fullmatch(r"[^:/\s]+:[0-9]{1,5}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor HOST:PORT, such as 10.0.0.1:6379")
+    return text
+
+
+def epoch(text: str) -> float:
+    """An argparse type: a moment in Unix seconds."""
+    if not re.fullmatch(r"[0-9]{1,18}(\.[0-9]*)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a moment in Unix seconds, such as 1735689600.5")
+    return float(text)

@@ -1,0 +1,1 @@
+"""Rounds on disk, copies made of them, and the file made of both."""

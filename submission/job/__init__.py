@@ -1,0 +1,1 @@
+"""A run from start to end: `run` tells the story, `generate` makes rounds, `files` writes, `ending` sees it out."""

@@ -1,0 +1,128 @@
+"""The end of a job, whoever brings it about: the main thread as a rule, else the guard."""
+
+import logging
+import signal
+import sys
+
+from submission.engine import Engine
+from submission.errors import BankoError, BudgetError, OutputError
+from submission.job.files import JobFiles
+from submission.log import Log
+from submission.machine.disk import release
+from submission.plan.planner import Planner
+from submission.report.manifest import Digests
+from submission.request import JobRequest
+
+# What the report took on two busy CPU cores that had yet to read its libraries from the disk. With less time left it is
+# not begun, and so much is reserved for it where that is no more than this share of the budget.
+REPORT_SECONDS, REPORT_SECONDS_PER_CLASS, REPORT_SHARE = 2.0, 0.005, 0.05
+# Seconds the last manifest may wait for the checkpoint's hashes, which were begun at the start.
+HASH_PATIENCE = 0.5
+
+
+class Ending:
+    """What the guard does for a job (`submission.plan.guard.Duties`), and the job's own last step."""
+
+    def __init__(
+        self, request: JobRequest, engine: Engine, planner: Planner, files: JobFiles, digests: Digests, log: Log
+    ) -> None:
+        self._request, self._engine, self._planner = request, engine, planner
+        self._files, self._digests, self._log = files, digests, log
+        self._complete = False
+
+    def overdue(self) -> bool:
+        return self._planner.overdue()
+
+    def exit_code(self) -> int:
+        return 0 if self._files.plan.in_place else BudgetError.exit_code
+
+    def stopped_by(self, number: signal.Signals) -> None:
+        self._planner.budget.hurry()
+        if not self._complete:
+            rounds = self._files.plan.rounds
+            self._log.warn(f"told to stop ({number.name}): finishing the file with {rounds} rounds")
+
+    def take_over(self) -> int:
+        self._log.warn("generation does not come back: the file is finished without it")
+        try:
+            self.conclude()
+        except BankoError as error:
+            self._log.close()
+            print(f"error: {error}", file=sys.stderr)
+            return error.exit_code
+        return 0
+
+    def last_words(self) -> None:
+        self._files.freeze()
+        extent, spool = self._files.plan.in_place, self._files.spool
+        if self._complete:
+            return
+        if extent is None:
+            if not spool.count:
+                spool.remove()
+                release(self._request.output)
+            self._log.close()
+            print(f"error: {self._planner.too_small()}", file=sys.stderr)
+            return
+        self._log.warn(
+            f"time is up: the last file is not done, the one in place stays (IPC {extent.ipc}, {extent.rounds} of "
+            f"{spool.count} rounds)"
+        )
+        self._files.write_manifest()
+
+    def conclude(self) -> None:
+        """Devices go, so that cores and memory are the file's; it is finished and described; the spool is of no more
+        use then, unless the job was told to stop and may be resumed.
+
+        Raises BudgetError where there is no time for any file, and OutputError.
+        """
+        request, plan, spool, log = self._request, self._files.plan, self._files.spool, self._log
+        self._engine.close(patience=0)
+        with log.phase("write and verify"):
+            self._files.write_last()
+        if plan.in_place is None:
+            raise self._planner.too_small()
+        extent, ready = plan.in_place, plan.composition.ipc(spool.count)
+        if extent.ipc < ready:
+            log.warn(f"there was no time to write more than IPC {extent.ipc} of the {ready} that were ready")
+        elif extent.ipc == plan.composition.cap < request.cap:
+            log.warn(f"there was no room to write more than IPC {extent.ipc} of the {request.cap} allowed")
+        with log.phase("sheet and manifest"):
+            if self._digests.wait(HASH_PATIENCE) is None:
+                log.warn("the checkpoint's SHA-256 was not ready in time and is missing from the manifest")
+            self._files.describe()
+        copies = f"the rest {request.pda} copies" if extent.rounds < extent.ipc else "no copies"
+        log.say(
+            f"{request.dataset}: {plan.composition.classes} classes, IPC {extent.ipc} "
+            f"({min(extent.rounds, extent.ipc)} generated, {copies}), {plan.budget.left:.1f} s before the deadline"
+        )
+        self._complete = True
+        if plan.budget.hurried and spool.count < plan.composition.cap:
+            log.say(f"its {spool.count} rounds are kept in {spool.folder}: --resume goes on from them")
+        else:
+            spool.remove()
+        self._report()
+        release(request.output)
+        log.close()
+
+    def _report(self) -> None:
+        """The page about the run, where there is time for it; the job is complete with or without it."""
+        dataset, budget, log = self._request.dataset, self._planner.budget, self._log
+        later = f"./run.sh report {dataset.with_suffix('.json')} makes it"
+        if budget.usable - budget.exit_reserve < report_seconds(self._files.plan.composition.classes):
+            log.say(f"no time for the report: {later}")
+            return
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would complain where it cannot keep a cache
+        try:
+            from submission.report.page import write_report  # noqa: PLC0415  # its libraries are slow to import
+
+            page = write_report(dataset, self._request.image.task)
+        except (OutputError, OSError, ImportError) as error:  # ImportError: the interpreter may be the user's own
+            log.warn(f"no report ({error}): {later}")
+        else:
+            log.say(f"{page}: what happened, written {budget.left:.1f} s before the deadline")
+
+
+def report_seconds(classes: int) -> float:
+    """What the report on so many classes may take."""
+    return REPORT_SECONDS + REPORT_SECONDS_PER_CLASS * classes

@@ -1,0 +1,189 @@
+"""The story, top to bottom: a task and a budget go in, a dataset file comes out before the deadline."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from submission.dataset.dataset_file import write_dataset
+from submission.dataset.image_queue import ImageQueue
+from submission.dataset.rounds import Spool, prepare_spool, remove_if_empty
+from submission.engine import Engine, Load
+from submission.engine.alone import Alone
+from submission.engine.fleet import Fleet
+from submission.engine.maker import Loading, load_elsewhere, load_maker
+from submission.errors import OutputError
+from submission.job.ending import REPORT_SHARE, Ending, report_seconds
+from submission.job.files import JobFiles
+from submission.job.generate import Generation
+from submission.job.history import History
+from submission.job.needs import composition_that_fits
+from submission.log import Log
+from submission.machine.device import choose_devices
+from submission.machine.disk import claimed, remove_unfinished
+from submission.machine.memory import peak_memory
+from submission.model.checkpoint import EMBEDDED, Checkpoint, choose, fingerprint
+from submission.plan.budget import Budget
+from submission.plan.estimates import Composition, Extent, FileCost
+from submission.plan.file_plan import FilePlan
+from submission.plan.guard import Guard
+from submission.plan.planner import Planner
+from submission.report.manifest import Digests, join, machine
+from submission.request import DeviceRequest, JobRequest
+from submission.tasks import builtin_names
+
+PROJECT = Path(__file__).resolve().parents[2]
+# Until a file has been written, its cost is taken to be this: seconds per file, and seconds per colour value of a
+# generated image and of a copy. About what was measured on two CPU cores.
+GUESSED_FIXED, GUESSED_VALUE, GUESSED_COPY = 0.1, 1e-8, 2e-8
+# Seconds that ending other processes may take where this one is about to go.
+EXIT_PATIENCE = 0.1
+
+Prepare = Callable[[JobRequest, Checkpoint, Engine, Spool], Load]
+
+
+def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Prepare | None = None) -> None:
+    """Makes OUT/NAME.pt, .json, .png and .html inside `budget`; `guard.stop` ends generation early.
+
+    `prepare` says what a device does to get ready, `loader` if None. Raises UsageError, BudgetError, CheckpointError or
+    OutputError. Does not return where the guard takes over.
+    """
+    log.add_phase("start and import", 0.0)
+    with open_engine(request.devices, log, guard) as engine:
+        kind = engine.placement.kind
+        checkpoint = choose(request.model, cuda=kind == "cuda", environment=os.environ, root=PROJECT)
+        say_what_is_made(request, checkpoint, engine, log)
+        with open_spool(request, checkpoint, log) as spool:
+            composition = composition_that_fits(request, spool, log)
+            digests, history = Digests(checkpoint), History()
+            engine.load((prepare or loader)(request, checkpoint, engine, spool), lambda: budget.left)
+            if not engine.alone:
+                try_writing(request)
+            queue = ImageQueue(spool, composition.cap)
+            file_plan = plan_files(request, composition, budget, engine.seconds_to_close)
+            file_plan.grew(spool.count)
+            planner = Planner(file_plan, before=composition.cap - queue.missing)
+
+            def describe(extent: Extent) -> dict[str, object]:
+                """The manifest of a file."""
+                made, seconds = planner.facts(), max(log.timings.get("generate", 0.0), 1e-9)
+                made["images_per_second"] = round(planner.images / seconds, 2)
+                made["peak_memory_bytes"] = max(made["peak_memory_bytes"], peak_memory())
+                return join(
+                    request.facts(),
+                    {"ipc": extent.ipc, "rounds": extent.rounds},
+                    made,
+                    history.facts(),
+                    log.facts(),
+                    digests.facts(),
+                    machine(),
+                )
+
+            files = JobFiles(request, spool, file_plan, describe, log)
+            ending = Ending(request, engine, planner, files, digests, log)
+            guard.serve(ending)
+            if guard.stop.is_set():
+                budget.hurry()
+            try:
+                Generation(request.devices, engine, planner, queue, files, history, log).run(guard.stop)
+                # Whoever has this writes the last file. Where the guard has it, it ends the process, and this waits.
+                guard.finishing.acquire()
+                ending.conclude()
+            finally:
+                files.abandon()
+
+
+@contextmanager
+def open_engine(wanted: DeviceRequest, log: Log, guard: Guard) -> Iterator[Engine]:
+    """What was asked for: a device in this process, or several through Ray. Raises UsageError."""
+    engine: Engine
+    if wanted.cluster is not None:
+        engine = Fleet(wanted.kind, wanted.count, wanted.cluster, log)
+    else:
+        kind, count = choose_devices(wanted.kind, wanted.count)
+        engine = Fleet(kind, count, None, log) if count > 1 else Alone(kind, log)
+    guard.before_exit(partial(engine.close, patience=EXIT_PATIENCE))
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def say_what_is_made(request: JobRequest, checkpoint: Checkpoint, engine: Engine, log: Log) -> None:
+    task, kind = request.image.task, engine.placement.kind
+    devices = kind if engine.alone else f"{engine.count} x {kind}"
+    log.say(
+        f"{task.title}: {len(task.classes)} classes at {task.size} px; model: {checkpoint.source}; device: {devices}"
+    )
+    if checkpoint.path == EMBEDDED and task.name not in builtin_names():
+        log.warn(
+            f"the embedded model knows the classes of {' and '.join(builtin_names())} alone, and its pictures of "
+            "others do not look like them: use SDXL-Turbo for a task of your own"
+        )
+
+
+@contextmanager
+def open_spool(request: JobRequest, checkpoint: Checkpoint, log: Log) -> Iterator[Spool]:
+    """The spool, in an output folder that is this job's while the context lasts: a new one, or with the rounds of the
+    run to resume. What a killed run left is cleared away and said.
+
+    Raises UsageError where that run made its rounds of something else, and OutputError.
+    """
+    task, folder = request.image.task, request.spool
+    with claimed(request.output):
+        try:
+            if request.dataset.is_dir():
+                raise OutputError(f"{request.dataset} is a folder: rename it, or choose another --output")
+            if request.dataset.exists():
+                log.say(f"{request.dataset} is there already, and is replaced once a round is done")
+            if leftovers := remove_unfinished(request.output, task.name):
+                log.say(f"{leftovers} unfinished files of an interrupted run removed")
+            label = request.image.identity(checkpoint)
+            found = prepare_spool(folder, len(task.classes), task.size, label, resume=request.resume)
+            if request.resume and not found:
+                log.say(f"nothing to resume in {folder}: starting anew")
+            elif found and not request.resume:
+                log.warn(f"{found} rounds of an interrupted run removed; --resume would have gone on from them")
+            with Spool(folder, len(task.classes), task.size) as spool:
+                if spool.before:
+                    log.say(f"resumed: {spool.before} whole rounds of an interrupted run")
+                yield spool
+        finally:
+            remove_if_empty(folder)
+
+
+def loader(request: JobRequest, checkpoint: Checkpoint, engine: Engine, spool: Spool) -> Load:
+    """What a device does to get ready, in its own process; a run that is resumed has chosen its decoder."""
+    loading = Loading(
+        request.image,
+        request.cap,
+        checkpoint,
+        fingerprint(checkpoint),
+        checkpoint.path == EMBEDDED,
+        engine.placement,
+        decoder=spool.decoder,
+        network=spool.network,
+    )
+    return partial(load_maker if engine.alone else load_elsewhere, loading)
+
+
+def try_writing(request: JobRequest) -> None:
+    """Writes a file of noise and throws it away, while devices load: the first use of some libraries takes a second,
+    which would otherwise pass for the cost of a file. With one device, loading it has used them."""
+    classes, size = len(request.image.task.classes), request.image.task.size
+    noise = np.random.default_rng(0).integers(0, 256, (1, classes, 3, size, size), dtype=np.uint8)
+    with suppress(OSError, OutputError), tempfile.TemporaryDirectory(dir=request.output) as folder:
+        write_dataset(Path(folder) / "noise.pt", noise, request.file_spec(Extent(1, 1)), alone=False)
+
+
+def plan_files(request: JobRequest, composition: Composition, budget: Budget, to_close: float) -> FilePlan:
+    """A plan that guesses what a file costs until one has been written. After the last one it takes so many seconds
+    `to_close` the engine, and time for the report, where that is a small part of the budget."""
+    values = 3 * request.image.task.size**2
+    cost = FileCost(composition.classes, GUESSED_FIXED, GUESSED_VALUE * values, GUESSED_COPY * values)
+    report = report_seconds(composition.classes)
+    return FilePlan(budget, composition, cost, to_close + (report if report <= REPORT_SHARE * budget.seconds else 0))

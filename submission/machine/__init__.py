@@ -1,0 +1,1 @@
+"""What the machine has: devices, memory, disk, and other programs in the way."""

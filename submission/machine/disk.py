@@ -1,0 +1,93 @@
+"""The folder a job writes to: one job at a time, room to write, files that are there whole or not at all."""
+
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from submission.errors import OutputError, cannot_write
+
+# Locked by the job that has the folder.
+LOCK = ".job.lock"
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Makes the folder and keeps other jobs out while the context lasts, or until `release`. Raises OutputError."""
+    path, descriptor = folder / LOCK, None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while descriptor is None or not _is_at(path, descriptor):  # which another job may just have removed
+            if descriptor is not None:
+                os.close(descriptor)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            # The lock is the kernel's, so that none goes stale.
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise OutputError(f"another job is writing to {folder}: wait for it, or choose another --output") from error
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+    try:
+        yield
+    finally:
+        if _is_at(path, descriptor):
+            release(folder)
+        os.close(descriptor)
+
+
+def release(folder: Path) -> None:
+    """Another job may have the folder from now on."""
+    with suppress(OSError):
+        (folder / LOCK).unlink()
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the path leads to the file that is open there."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except OSError:
+        return False
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file is written before it is renamed to `path`: another name each time, since a snapshot that was given
+    up may still be at it while the last file is written."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.unfinished")
+
+
+def remove_unfinished(folder: Path, name: str) -> int:
+    """Removes what killed jobs left of files of task `name`; returns how many there were."""
+    leftovers = list(folder.glob(f".{name}.*.unfinished"))
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+def room(folder: Path) -> int:
+    """Bytes free to this user there. Raises OutputError."""
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError as error:
+        raise OutputError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Writes `content` to `path` as `write_whole` does."""
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes `path` whole or not at all. Raises OutputError."""
+    scratch = unfinished(path)
+    try:
+        scratch.write_bytes(content)
+        scratch.replace(path)
+    except OSError as error:
+        raise cannot_write(path, error, len(content)) from error
+    finally:
+        with suppress(OSError):
+            scratch.unlink()

@@ -1,0 +1,51 @@
+"""What decides an image, beside the checkpoint, its class and its round."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from submission.errors import UsageError
+from submission.model.checkpoint import Checkpoint, fingerprint
+from submission.model.decoder import Rung
+from submission.tasks import PromptStyle, Task
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """Images of a task's classes, asked for in the words of a prompt style, from noise of a seed.
+
+    `resolution` is the side of the canvas in pixels, None the checkpoint's own; `decoder` the way from latents to
+    pixels, `auto` the one that is worth most on the device (`submission.model.calibration`).
+    """
+
+    task: Task
+    prompts: PromptStyle = "described"
+    seed: int = 0
+    resolution: int | None = None
+    decoder: Rung | Literal["auto"] = "auto"
+
+    def canvas(self, checkpoint: Checkpoint) -> int:
+        """The side of the canvas in pixels. Raises UsageError where the checkpoint cannot have it."""
+        if self.resolution and self.resolution % checkpoint.resolution_step:
+            raise UsageError(
+                f"--resolution {self.resolution}: this checkpoint needs a multiple of {checkpoint.resolution_step}"
+            )
+        return self.resolution or checkpoint.resolution_for(self.task.size)
+
+    def identity(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """All of it, and the checkpoint, by the name of what a person would have to change."""
+        task = self.task
+        names = [c.name for c in task.classes]
+        return {
+            "checkpoint": fingerprint(checkpoint),
+            "task": f"{task.name} ({len(task.classes)} classes at {task.size} px, {_digest(names)})",
+            "seed": str(self.seed),
+            "resolution": f"{self.canvas(checkpoint)} px",
+            "decoder": self.decoder,
+            "prompts": f"{self.prompts} ({_digest(task.prompts(self.prompts))})",
+        }
+
+
+def _digest(content: object) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]

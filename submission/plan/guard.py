@@ -1,0 +1,132 @@
+"""The guard: a thread that sees to it that the job ends in time, whatever the main thread is doing.
+
+Python runs signal handlers on the main thread, between two of its instructions, and a call into a device may keep it
+from there for a minute. So signals wake this thread instead, and it watches the clock.
+"""
+
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable
+from typing import NoReturn, Protocol, Self
+
+from submission.errors import BudgetError
+from submission.plan.budget import Budget
+
+# Seconds between two looks at the clock.
+TICK = 0.05
+# Seconds the main thread has, once told to stop, to begin with the last file.
+PATIENCE = 1.0
+# Seconds for the last words, which nobody may be listening to.
+LAST_WORDS_PATIENCE = 0.15
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Duties(Protocol):
+    """What the guard does for a job.
+
+    `overdue` and `exit_code` answer at once: whether the last file should have been begun by now, and with what code
+    the job would end now. The others may wait for a disk or for whoever reads what is printed, and run on threads of
+    their own: `stopped_by` is called once, on the first signal; `take_over` writes the last file and returns the exit
+    code; `last_words` says that time is up.
+    """
+
+    def overdue(self) -> bool: ...
+
+    def exit_code(self) -> int: ...
+
+    def stopped_by(self, number: signal.Signals) -> None: ...
+
+    def take_over(self) -> int: ...
+
+    def last_words(self) -> None: ...
+
+
+class Guard:
+    """A context in which SIGTERM and SIGINT set `stop`, a second one ends the process, and so does the deadline.
+
+    Whoever acquires `finishing` writes the last file: the main thread as a rule, and the guard in its stead where it
+    does not come in time.
+    """
+
+    def __init__(self, budget: Budget) -> None:
+        self.stop = threading.Event()
+        self.finishing = threading.Lock()
+        self._duties: Duties | None = None
+        self._before_exit: Callable[[], None] = lambda: None
+        self._budget = budget
+        self._stopped_by: signal.Signals | None = None
+
+    def serve(self, duties: Duties) -> None:
+        """From now on the job has something to end."""
+        self._duties = duties
+
+    def before_exit(self, work: Callable[[], None]) -> None:
+        """Has `work` done, which has to be quick, where the guard ends the process."""
+        self._before_exit = work
+
+    def __enter__(self) -> Self:
+        self._wake, wake = socket.socketpair()
+        wake.setblocking(False)
+        self._wake_end = wake
+        # The handlers themselves do nothing: what counts is the byte that Python writes for each signal.
+        self._handlers = [signal.signal(number, lambda *_: None) for number in SIGNALS]
+        self._wakeup = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in zip(SIGNALS, self._handlers, strict=True):
+            signal.signal(number, handler)
+        self._wake_end.close()  # ends the thread
+        self._thread.join()
+        self._wake.close()
+
+    def _watch(self) -> None:
+        told_at = 0.0
+        while True:
+            if select.select([self._wake], [], [], TICK)[0]:
+                numbers = self._wake.recv(64)
+                if not numbers:
+                    return
+                for number in numbers:
+                    if number not in SIGNALS:
+                        continue
+                    if self._stopped_by:
+                        self._exit(128 + number)
+                    self._stopped_by, told_at = signal.Signals(number), self._budget.elapsed
+                    self.stop.set()
+                    if self._duties:
+                        _start(self._duties.stopped_by, self._stopped_by)
+            duties = self._duties
+            if duties is None:
+                if self._budget.late():
+                    seconds = f"a budget of {self._budget.seconds:g} s"
+                    print(f"error: {seconds} is over before the model is loaded: give a longer one", file=sys.stderr)
+                    self._exit(BudgetError.exit_code)
+                if self._stopped_by and self._budget.elapsed - told_at > PATIENCE:
+                    print("error: stopped before the first round was done: nothing is written", file=sys.stderr)
+                    self._exit(BudgetError.exit_code)
+                continue
+            if self._budget.late():
+                _start(duties.last_words).join(LAST_WORDS_PATIENCE)
+                self._exit(duties.exit_code())
+            ignored = self._stopped_by is not None and self._budget.elapsed - told_at > PATIENCE
+            if (ignored or duties.overdue()) and self.finishing.acquire(blocking=False):
+                # Ends the process at once: taking torch and its libraries apart in order takes seconds.
+                _start(lambda duties: self._exit(duties.take_over()), duties)
+
+    def _exit(self, code: int) -> NoReturn:
+        self._before_exit()
+        os._exit(code)
+
+
+def _start(work: Callable[..., None], *arguments: object) -> threading.Thread:
+    thread = threading.Thread(target=work, args=arguments, daemon=True)
+    thread.start()
+    return thread

@@ -1,0 +1,216 @@
+"""What to generate: how many images each device gets next, and when it is time to write.
+
+The rule: at any moment, attempt the largest whole number of rounds whose remaining images, at a cautious pace, and
+whose file, at its cautious cost, still fit into the time left.
+"""
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from submission.errors import BudgetError
+from submission.plan.batch_size import BatchSize
+from submission.plan.budget import Budget
+from submission.plan.devices import Device, Throughput
+from submission.plan.estimates import Composition, Extent
+from submission.plan.file_plan import FilePlan
+
+# Batches measured before a budget is called too small: the first ones are slow.
+BATCHES_BEFORE_GIVING_UP = 3
+# While its size is still sought, larger batches may yet make images so many times as fast as the fastest so far.
+BATCH_HOPE = 4.0
+# Seconds reserved for the first batch of a device that comes late, where the pace of others is known.
+FIRST_BATCH = 5.0
+# A device is started anew where so many times what that takes is left for generating.
+START_GAIN = 2.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """So many rounds in all and images per class, so many seconds still to generate and to reserve for the file."""
+
+    rounds: int
+    ipc: int
+    generate: float
+    reserve: float
+
+
+def make_plan(
+    left: float,
+    images_done: int,
+    generate: Callable[[int], float],
+    reserve: Callable[[Extent], float],
+    composition: Composition,
+) -> Plan:
+    """The largest plan that fits into `left` seconds, given `images_done` so far, counted across rounds.
+
+    `generate` says how many seconds so many images take, and `reserve` how many to keep for a file. The plan's `rounds`
+    never lie below the whole rounds already done; equal to them means: stop generating, write now.
+    """
+
+    def generating(rounds: int) -> float:
+        return generate(max(0, rounds * composition.classes - images_done))
+
+    def total(rounds: int) -> float:
+        return generating(rounds) + reserve(composition.extent(rounds))
+
+    done = images_done // composition.classes
+    beyond = range(done + 1, max(composition.cap, done) + 1)
+    rounds = done + bisect_right(beyond, left, key=total)
+    return Plan(rounds, composition.ipc(rounds), generating(rounds), reserve(composition.extent(rounds)))
+
+
+@dataclass
+class Planner:
+    """Decides what the `devices` make, so that the file of `files` comes out as large as it can.
+
+    It goes on while the fastest pace seen, or to be hoped of larger batches, could still complete a round (trying costs
+    nothing) and the cautious pace leaves time to write what is there. `before` are the rounds that a run before has
+    left, wherever they stand; `images` are those that the devices have made in this run.
+    """
+
+    files: FilePlan
+    devices: list[Device] = field(default_factory=list)
+    before: int = 0
+    images: int = 0
+
+    @property
+    def budget(self) -> Budget:
+        return self.files.budget
+
+    @property
+    def total_images(self) -> int:
+        """Images done, in this run and in whole rounds of one before."""
+        return self.before * self.files.composition.classes + self.images
+
+    @property
+    def paced(self) -> Sequence[Device]:
+        """The devices at work whose pace is known."""
+        return [device for device in self.devices if device.ready and device.speed.batches]
+
+    @property
+    def images_per_second(self) -> float:
+        """Of all devices together."""
+        return sum(1 / device.speed.pace.mean for device in self.paced)
+
+    @property
+    def batch_size(self) -> int:
+        """The largest that a device works with."""
+        return max((device.speed.batch.current for device in self.devices), default=1)
+
+    @property
+    def in_hand(self) -> int:
+        """Images that devices are expected to come back with."""
+        return sum(len(batch.numbers) for device in self.devices for batch in device.in_hand if not batch.handed_on)
+
+    @property
+    def done(self) -> bool:
+        """Whether there are as many images as there may be."""
+        return self.total_images >= self.files.composition.cap * self.files.composition.classes
+
+    def expect(self, devices: int, batch_size: int | None) -> None:
+        """There are to be so many devices, with batches of a fixed size or, with None, the one that measures best."""
+        while len(self.devices) < devices:
+            self.devices.append(Device(Throughput(BatchSize(batch_size)), state="loading"))
+
+    def next_batch(self, device: Device) -> int:
+        """How many images to give to a device next, behind what it has in hand: 0 where that could not come back in
+        time, or there are none."""
+        files, classes, now = self.files, self.files.composition.classes, self.budget.elapsed
+        asked, left = self.total_images + self.in_hand, self.budget.usable
+        full = min(device.speed.batch.current, max(files.composition.cap * classes - asked, 0))
+        if files.rounds == 0 and device.speed.batches < BATCHES_BEFORE_GIVING_UP:
+            return full
+        if not device.speed.batches:  # it comes late, or the rounds are of a run before
+            kept = FIRST_BATCH if self.paced else 0.0
+            return full if kept + files.reserve(files.whole) <= left else 0
+        missing = classes - asked % classes
+        fastest = sum(1 / (one.speed.fastest / (1 if one.speed.batch.settled else BATCH_HOPE)) for one in self.paced)
+        hopeful = missing / fastest + self._reserve(asked + missing)
+        others = max(one.wait(now) for one in self.devices)
+        # A whole round that one device does not manage, several may.
+        for size in (full, min(full, missing), min(full, math.ceil(missing / len(self.paced)))):
+            cautious = max(device.wait(now) + device.speed.bound(size), others) + self._reserve(asked + size)
+            if max(hopeful, cautious) <= left:
+                return size
+        return 0
+
+    def observe(self, device: Device, seconds: float, made: int, rounds: int, *, disturbed: bool = False) -> bool:
+        """Takes what a device has come back with after so many seconds of its own: `made` images that were still
+        missing, after which `rounds` may be written. True where the batch was an outage (`Throughput.observe`)."""
+        self.images += made
+        self.files.grew(rounds)
+        return device.came_back(self.budget.elapsed, seconds, made, self.budget.usable, disturbed=disturbed)
+
+    def pays_to_start(self) -> bool:
+        """Whether a device that is started now would be ready early enough to be worth it."""
+        loading = max(device.loading for device in self.devices)
+        return self.budget.usable - self.files.reserve(self.files.whole) > START_GAIN * loading
+
+    def time_to_write(self) -> bool:
+        """Whether the time left is what the file of the rounds there are needs, whatever is still under way."""
+        return self.files.rounds > 0 and self.budget.usable <= self.files.reserve(self.files.whole)
+
+    def overdue(self) -> bool:
+        """Whether the last file should have been begun by now (`FilePlan.overdue_at`)."""
+        return self.files.rounds > 0 and self.budget.elapsed >= self.files.overdue_at(self.late_at)
+
+    @property
+    def late_at(self) -> float:
+        """The moment from which on all batches under way are late."""
+        return max((device.in_hand[0].late_at for device in self.devices if device.in_hand), default=0.0)
+
+    def plan(self) -> Plan:
+        """The rounds to expect from here on."""
+        files = self.files
+        return make_plan(self.budget.usable, self.total_images, self.generate, files.reserve, files.composition)
+
+    def generate(self, images: float) -> float:
+        """Cautious seconds for so many images, to which each device contributes as it is fast."""
+        shares = [(device, images / device.speed.pace.mean / self.images_per_second) for device in self.paced]
+        return max((device.speed.bound(share) for device, share in shares), default=0.0)
+
+    def facts(self) -> dict[str, Any]:
+        """For the manifest: how it was made on the first device and, with the same result, on all others; what each
+        device did; and the budget."""
+        told = [device.facts for device in self.devices if device.facts]
+        return {
+            "budget_seconds": self.budget.seconds,
+            "elapsed_seconds": round(self.budget.elapsed, 2),
+            "resumed_rounds": self.before,
+            "snapshots_seconds": round(self.files.spent, 3),
+            "batch_size": self.batch_size,
+            "devices": [
+                {"name": one.name, "node": one.node, "images": one.images, "restarts": one.restarts}
+                for one in self.devices
+            ],
+            **(told[0] if told else {}),
+            "images_regenerated": sum(facts["images_regenerated"] for facts in told),
+            "peak_memory_bytes": max((facts["peak_memory_bytes"] for facts in told), default=0),
+        }
+
+    def too_small(self) -> BudgetError:
+        """Says that the budget cannot hold one round, and what would."""
+        seconds, classes = self.budget.seconds, self.files.composition.classes
+        if not self.paced:
+            return BudgetError(
+                f"a budget of {seconds:g} s cannot hold one round: it is over before the first of "
+                f"{math.ceil(classes / self.batch_size)} batches is done; try --budget {math.ceil(2 * seconds)}s or "
+                "--batch-size 1"
+            )
+        start = max(0.0, self.budget.elapsed - self.images / self.images_per_second)
+        generate = classes / self.images_per_second
+        write = self._reserve(classes)
+        needed = start + generate + write
+        return BudgetError(
+            f"a budget of {seconds:g} s cannot hold one round: {classes} images need about {needed:.0f} s here "
+            f"({start:.1f} to start, {generate:.1f} to generate, {write:.1f} to write); "
+            f"try --budget {math.ceil(1.2 * needed)}s"
+        )
+
+    def _reserve(self, images: int) -> float:
+        """For the file of the whole rounds of so many images."""
+        composition = self.files.composition
+        return self.files.reserve(composition.extent(images // composition.classes))

@@ -1,0 +1,61 @@
+"""The manifest: what was asked, what was done, how long it took, every fallback on the way. docs/output.md lists it."""
+
+import importlib.metadata
+import platform
+import sys
+import threading
+from collections.abc import Mapping
+
+from submission.model.checkpoint import Checkpoint, recognise, weight_digests
+
+LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "safetensors")
+# Entries that are long, and therefore come last.
+LONG = ("progress",)
+
+
+class Digests:
+    """SHA-256 of a checkpoint's weight files, worked out on a thread while the job goes on."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._files: dict[str, str] | None = None
+        self._checkpoint = checkpoint
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        self._files = weight_digests(self._checkpoint)
+
+    def wait(self, seconds: float) -> dict[str, str] | None:
+        """The digests by file, or None if they are not known after so many more seconds."""
+        self._thread.join(seconds)
+        return self._files
+
+    def facts(self) -> dict[str, object]:
+        """Which checkpoint it is."""
+        digests = self.wait(0)
+        return {
+            "checkpoint": {
+                "source": self._checkpoint.source,
+                "path": str(self._checkpoint.path),
+                "sha256": digests,
+                "recognised": digests and recognise(digests),
+            }
+        }
+
+
+def machine() -> dict[str, object]:
+    """Versions of what the job rests on."""
+    libraries = [*LIBRARIES, "ray"] if "ray" in sys.modules else LIBRARIES
+    return {
+        "python": platform.python_version(),
+        "versions": {library: importlib.metadata.version(library) for library in libraries},
+    }
+
+
+def join(*rooms: Mapping[str, object]) -> dict[str, object]:
+    """One manifest of the facts that each part of a job states; no two of them state the same."""
+    joined: dict[str, object] = {}
+    for room in rooms:
+        assert not joined.keys() & room.keys()
+        joined |= room
+    return {name: joined[name] for name in sorted(joined, key=lambda name: name in LONG)}

@@ -1,0 +1,73 @@
+"""What was asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from submission.dataset.augment import PdaStyle
+from submission.dataset.dataset_file import FileSpec
+from submission.model.image_spec import ImageSpec
+from submission.plan.estimates import Composition, Extent
+
+
+@dataclass(frozen=True)
+class DeviceRequest:
+    """Where images are made: `count` devices of a `kind`, `auto`, `cpu` or `cuda`; None is every GPU, or one CPU.
+
+    `cluster` is the address of a Ray cluster, or `auto`. `batch_size` None is what measures best. `compiles` allows the
+    networks to be compiled.
+    """
+
+    kind: str = "auto"
+    count: int | None = None
+    cluster: str | None = None
+    batch_size: int | None = None
+    compiles: bool = True
+
+
+@dataclass(frozen=True)
+class JobRequest:
+    """Which images, by which `model`, and the file: at most `copies` per image and `cap` images per class, `dtype` of
+    its numbers. `resume` goes on from the rounds of an interrupted run."""
+
+    image: ImageSpec
+    model: str
+    output: Path
+    cap: int
+    copies: int
+    pda: PdaStyle
+    dtype: str
+    devices: DeviceRequest
+    resume: bool = False
+
+    @property
+    def composition(self) -> Composition:
+        return Composition(len(self.image.task.classes), 0 if self.pda == "none" else self.copies, self.cap)
+
+    @property
+    def dataset(self) -> Path:
+        return self.output / f"{self.image.task.name}.pt"
+
+    @property
+    def spool(self) -> Path:
+        return self.output / f".{self.image.task.name}.spool"
+
+    def facts(self) -> dict[str, object]:
+        """For the manifest."""
+        image = self.image
+        return {
+            "task": image.task.name,
+            "model": self.model,
+            "classes": len(image.task.classes),
+            "size": image.task.size,
+            "max_ipc": self.cap,
+            "copies_per_image": self.composition.copies,
+            "pda": self.pda,
+            "prompts": image.prompts,
+            "seed": image.seed,
+            "dtype": self.dtype,
+        }
+
+    def file_spec(self, extent: Extent) -> FileSpec:
+        return FileSpec(self.image.task, extent.ipc, self.pda, self.image.seed, getattr(torch, self.dtype))

@@ -1,0 +1,283 @@
+"""The job as users run it: through the command line, on real checkpoints, with real files and signals."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from submission import cli
+from submission.errors import BankoError
+from submission.job import ending
+from submission.job import run as job
+from submission.machine import memory
+from submission.tasks import load_task
+from tests.paths import ROOT
+from tools import report
+
+Run = Callable[..., Tensor]
+
+
+@pytest.fixture
+def run(checkpoint_folder: Path, task_file: Path, tmp_path: Path) -> Run:
+    """Runs the tiny task in this process; returns the file's images as [classes, IPC, 3, 16, 16] pixels in 0..1."""
+    task = load_task(str(task_file))
+
+    def run(*options: str, output: str = "out") -> Tensor:
+        arguments = [str(task_file), "--model", str(checkpoint_folder), "--output", str(tmp_path / output), *options]
+        assert cli.main(arguments) == 0
+        images: Tensor = torch.load(tmp_path / output / "tiny.pt", weights_only=True).float()
+        images = images * torch.tensor(task.std).view(3, 1, 1) + torch.tensor(task.mean).view(3, 1, 1)
+        return images.reshape(len(task.classes), -1, *images.shape[1:])
+
+    return run
+
+
+def levels(a: Tensor, b: Tensor) -> int:
+    """The largest difference in 8-bit levels."""
+    return int(((a - b).abs().max() * 255).round())
+
+
+def test_a_job_leaves_file_manifest_and_sheet(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = run("--budget", "1m", "--seed", "5")
+    manifest = json.loads((tmp_path / "out/tiny.json").read_text())
+    assert images.shape == (3, 12, 3, 16, 16), "the task's cap"
+    assert (manifest["ipc"], manifest["rounds"], manifest["seed"], manifest["warnings"]) == (12, 12, 5, [])
+    assert manifest["checkpoint"]["source"].startswith("--model ") and len(manifest["checkpoint"]["sha256"]) == 4
+    assert manifest["checkpoint"]["recognised"] is None
+    assert 0 < manifest["elapsed_seconds"] < 60 and manifest["peak_memory_bytes"] > 1e8
+    assert {"generate", "write and verify", "encode prompts"} <= set(manifest["phases_seconds"])
+    assert manifest["snapshots_seconds"] > 0
+    assert [plan["rounds"] for plan in manifest["plans"]][-1] == 12
+    with Image.open(tmp_path / "out/tiny.png") as sheet:
+        assert sheet.width > 150
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"tiny.html", "tiny.json", "tiny.png", "tiny.pt"}
+    progress = manifest["progress"]
+    assert progress["images"][0] == 0 and progress["images"] == sorted(progress["images"])
+    assert len(progress["elapsed"]) == len(progress["images"]) == len(progress["batch_size"]) <= 201
+    spans = list(manifest["phases_from_to"].values())
+    assert all(begin <= end for begin, end in spans) and spans == sorted(spans)
+    lines = capsys.readouterr().out.splitlines()
+    assert "model: --model " in lines[0]
+    assert any("plan: 12 rounds" in line for line in lines)
+    assert lines[-1].endswith("s before the deadline")
+
+
+def test_the_docs_list_what_the_manifest_has(run: Run, tmp_path: Path) -> None:
+    run("--max-ipc", "1")
+    told = json.loads((tmp_path / "out/tiny.json").read_text()).keys()
+    text = (ROOT / "docs/output.md").read_text()
+    section = text[text.index("## The manifest") : text.index("## The report")]
+    listed = {name for row in re.findall(r"^\| (`.*?) \|", section, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert listed - {"peak_device_memory_bytes"} == told, "but for what a GPU adds"
+
+
+def test_without_time_for_the_report_the_job_says_how_to_get_it(
+    run: Run, task_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ending, "REPORT_SECONDS", 600)
+    run("--max-ipc", "2", "--budget", "5m")
+    assert not (tmp_path / "out/tiny.html").exists()
+    manifest = str(tmp_path / "out/tiny.json")
+    assert f"no time for the report: ./run.sh report {manifest} makes it" in capsys.readouterr().out
+    assert report.main([manifest, "--task", str(task_file)]) == 0
+    assert (tmp_path / "out/tiny.html").exists()
+
+
+def test_a_report_that_cannot_be_written_costs_nothing(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out/tiny.html").mkdir(parents=True)
+    assert run("--max-ipc", "2").shape[1] == 2
+    assert "warning: no report (cannot write" in capsys.readouterr().out
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"tiny.html", "tiny.json", "tiny.png", "tiny.pt"}
+
+
+def test_images_do_not_depend_on_the_batch_size(run: Run) -> None:
+    """To one 8-bit level: kernels add up in another order for another batch size."""
+    by_one = run("--batch-size", "1", output="one")
+    for size in ("2", "5", "7", "auto"):
+        assert levels(run("--batch-size", size, output=size), by_one) <= 1
+    assert levels(run("--seed", "1", output="other"), by_one) > 1
+
+
+def test_more_copies_and_a_higher_cap_keep_the_generated_images(run: Run) -> None:
+    few = run("--max-ipc", "4", "--aug-per-image", "0", output="few")
+    many = run("--max-ipc", "6", "--pda", "paper", output="many")
+    assert levels(many[:, :4], few) <= 1
+
+
+def test_prompt_styles_make_different_images(run: Run, task_file: Path) -> None:
+    described = run("--max-ipc", "2", "--aug-per-image", "0", output="described")
+    label = run("--max-ipc", "2", "--aug-per-image", "0", "--prompts", "label", output="label")
+    assert levels(described, label) > 0
+    text = task_file.read_text().replace('name = "apple"', 'kind = "fruit", name = "apple"')
+    text = text.replace('name = "pear"', 'kind = "fruit", name = "pear"').replace(
+        'name = "plum"', 'kind = "fruit", name = "plum"'
+    )
+    task_file.write_text(text + '\n[phrasings]\nfruit = ["{}", "{}, seen from far away"]\n')
+    diverse = run("--max-ipc", "2", "--aug-per-image", "0", "--prompts", "diverse", output="diverse")
+    assert levels(diverse[:, 0], described[:, 0]) <= 1, "round 0 has the first phrasing"
+    assert levels(diverse[:, 1], described[:, 1]) > 0, "round 1 the second"
+
+
+def test_a_file_that_is_replaced_and_classes_the_model_does_not_know_are_said(
+    run: Run,
+    checkpoint_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run("--max-ipc", "1")
+    assert "is there already" not in capsys.readouterr().out
+    monkeypatch.setattr(job, "EMBEDDED", checkpoint_folder)
+    run("--max-ipc", "1")
+    assert "out/tiny.pt is there already, and is replaced once a round is done" in capsys.readouterr().out
+    assert "the embedded model knows" in json.loads((tmp_path / "out/tiny.json").read_text())["warnings"][0]
+
+
+def test_batches_keep_to_the_memory_that_was_said(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "WORKING", -(1 << 40))
+    run()
+    assert json.loads((tmp_path / "out/tiny.json").read_text())["batch_size"] == 1
+
+
+def test_half_precision_files(run: Run, tmp_path: Path) -> None:
+    run("--dtype", "float16", "--max-ipc", "3")
+    assert torch.load(tmp_path / "out/tiny.pt", weights_only=True).dtype == torch.float16
+
+
+def test_another_resolution_is_resized_and_enlarging_is_a_warning(run: Run, tmp_path: Path) -> None:
+    assert run("--max-ipc", "1", "--resolution", "32").shape[-1] == 16
+    run("--max-ipc", "1", "--resolution", "8")
+    assert "enlarged" in json.loads((tmp_path / "out/tiny.json").read_text())["warnings"][0]
+
+
+def test_decoders_are_asked_for_and_held_to_their_fidelity(run: Run, tmp_path: Path) -> None:
+    images, told = {}, {}
+    for rung in ("vae", "linear", "distilled"):
+        # Latents as fine as the pixels.
+        images[rung] = run("--max-ipc", "2", "--resolution", "32", "--decoder", rung, output=rung)
+        told[rung] = json.loads((tmp_path / rung / "tiny.json").read_text())["decoder"]
+        assert told[rung]["name"] == rung
+        assert set(told[rung]["fidelity_db"]) == {rung} - {"vae"}
+    for rung in ("linear", "distilled"):
+        error = (images[rung] - images["vae"]).square().mean((2, 3, 4))
+        # Measured on other images, and on pixels that are not yet rounded.
+        assert (-10 * error.log10()).mean() == pytest.approx(told[rung]["fidelity_db"][rung], abs=4)
+    assert levels(run("--max-ipc", "1", "--resolution", "32", "--decoder", "linear"), images["linear"][:, :1]) <= 1
+
+
+def test_json_lines(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--max-ipc", "2", "--log", "json")
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {"info", "progress"} <= {event["event"] for event in events}
+    assert all(event["elapsed"] > 0 for event in events)
+
+
+def test_a_terminal_gets_a_live_display(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run("--max-ipc", "2", "--log", "rich")
+    out = capsys.readouterr().out
+    assert "s left" in out and "before the" in out
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(BankoError):
+        cli.main(["cifar10", "--debug"])
+
+
+def start(*options: str, **environment: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "submission", *options]
+    # Without a GPU in sight the embedded checkpoint is chosen wherever the tests run.
+    variables = {"PATH": os.environ["PATH"], "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.Popen(command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_real_run_of_the_embedded_model_ends_before_its_deadline(tmp_path: Path) -> None:
+    began = time.monotonic()
+    process = start("cifar100", "--budget", "50s", "--output", str(tmp_path), OMP_NUM_THREADS="1")
+    out, err = process.communicate(timeout=120)
+    took = time.monotonic() - began
+    assert process.returncode == 0, err
+    assert took < 50, "the deadline is the contract"
+    assert "model: embedded" in out.splitlines()[0]
+    manifest = json.loads((tmp_path / "cifar100.json").read_text())
+    said = re.search(r"memory: at most ([0-9.]+) GB", out)
+    assert said and manifest["peak_memory_bytes"] < float(said[1]) * 1e9
+    assert manifest["checkpoint"]["source"].startswith("embedded")
+    images = torch.load(tmp_path / "cifar100.pt", weights_only=True)
+    assert images.shape == (100 * manifest["ipc"], 3, 32, 32) and images.dtype == torch.float32
+
+
+def test_a_resumed_run_decodes_with_the_network_of_the_run_before(
+    checkpoint_folder: Path, task_file: Path, tmp_path: Path
+) -> None:
+    task_file.write_text(task_file.read_text().replace("max_ipc = 12", "max_ipc = 100000"))
+    options = [str(task_file), "--model", str(checkpoint_folder), "--resolution", "32", "--decoder", "distilled"]
+    options += ["--output", str(tmp_path), "--aug-per-image", "0", "--batch-size", "3"]
+    process = start(*options, "--budget", "5m", OMP_NUM_THREADS="1")
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "tiny.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert (tmp_path / ".tiny.spool/decoder.safetensors").stat().st_size > 0
+    before = torch.load(tmp_path / "tiny.pt", weights_only=True)
+    again = start(*options, "--resume", "--budget", "15s", OMP_NUM_THREADS="1")
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert "decoder: distilled, the network that was fitted before" in out
+    told = json.loads((tmp_path / "tiny.json").read_text())
+    assert told["decoder"]["fitted_to"] and told["decoder"]["fidelity_db"]["distilled"] > 0
+    after = torch.load(tmp_path / "tiny.pt", weights_only=True).unflatten(0, (3, -1))
+    assert torch.equal(after[:, : len(before) // 3], before.unflatten(0, (3, -1)))
+
+
+def test_one_device_knows_nothing_of_ray(checkpoint_folder: Path, task_file: Path, tmp_path: Path) -> None:
+    options = [str(task_file), "--model", str(checkpoint_folder), "--device", "cpu", "--output", str(tmp_path)]
+    code = f"import sys; from submission import cli; assert cli.main({options}) == 0; print('ray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+    assert "ray" not in (ROOT / "requirements.txt").read_text()
+
+
+def test_a_budget_without_room_is_code_3_and_leaves_nothing(
+    checkpoint_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A hundred images of eight times the usual side take a minute, which a few of them tell."""
+    options = ["--resolution", "256", "--output", str(tmp_path), "--budget", "20s", "--device", "cpu"]
+    assert cli.main(["cifar100", "--model", str(checkpoint_folder), *options]) == 3
+    error = capsys.readouterr().err
+    assert "cannot hold one round" in error and "try --budget" in error
+    assert len(error.splitlines()) == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_time_spent_before_the_process_counts(tmp_path: Path) -> None:
+    """The harness began 59 s ago: what is left of a minute holds no round."""
+    process = start("cifar100", "--budget", "1m", "--output", str(tmp_path), BANKO_STARTED_AT=str(time.time() - 59))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 3 and "a budget of 60 s" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_finishes_the_file(checkpoint_folder: Path, tmp_path: Path) -> None:
+    process = start("cifar100", "--model", str(checkpoint_folder), "--output", str(tmp_path), "--max-ipc", "1000000")
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "cifar100.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    manifest = json.loads((tmp_path / "cifar100.json").read_text())
+    images = torch.load(tmp_path / "cifar100.pt", weights_only=True)
+    assert len(images) == 100 * manifest["ipc"] and "before the deadline" in out

@@ -1,0 +1,168 @@
+"""Which checkpoint is chosen, and which are refused, on real folders of the SDXL layout."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from submission.errors import CheckpointError
+from submission.model import checkpoint
+from submission.model.checkpoint import SDXL_TURBO, SDXL_TURBO_SHA256, choose, inspect, recognise, weight_digests
+
+NOWHERE = Path("/nonexistent")
+
+
+@pytest.fixture
+def copy(checkpoint_folder: Path, tmp_path: Path) -> Path:
+    """A checkpoint to damage."""
+    return Path(shutil.copytree(checkpoint_folder, tmp_path / "copy"))
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An empty hub cache and no network, through the hub library's own switches."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+
+
+def test_a_saved_pipeline_is_accepted(checkpoint_folder: Path) -> None:
+    found = inspect(checkpoint_folder, "test")
+    assert set(found.variants.values()) == {"fp16"}
+    assert (found.vae_factor, found.resolution_step, found.resolutions) == (2, 4, (16,))
+
+
+def test_full_precision_files_are_accepted_where_there_is_no_variant(copy: Path) -> None:
+    for file in copy.rglob("*.fp16.safetensors"):
+        file.rename(file.with_name(file.name.replace(".fp16", "")))
+    assert set(inspect(copy, "test").variants.values()) == {None}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_index.json",
+        "unet/config.json",
+        "scheduler/scheduler_config.json",
+        "text_encoder_2/model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    ],
+)
+def test_a_missing_file_is_named(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    with pytest.raises(CheckpointError, match=rf"{name.replace('.fp16', '')} is missing"):
+        inspect(copy, "test")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_weight_file_is_named(copy: Path, keep: int) -> None:
+    file = copy / "unet/diffusion_pytorch_model.fp16.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=r"unet/diffusion_pytorch_model.fp16.safetensors is damaged or truncated"):
+        inspect(copy, "test")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+def test_a_damaged_configuration_is_named(copy: Path, content: str) -> None:
+    (copy / "vae/config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"vae/config.json"):
+        inspect(copy, "test")
+
+
+def test_another_pipeline_is_refused(copy: Path) -> None:
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
+    shutil.rmtree(copy / "text_encoder_2")
+    with pytest.raises(CheckpointError, match=r"holds a StableDiffusionPipeline, not the SDXL layout"):
+        inspect(copy, "test")
+
+
+def test_a_many_step_model_is_refused(copy: Path) -> None:
+    file = copy / "scheduler/scheduler_config.json"
+    file.write_text(file.read_text().replace("trailing", "leading"))
+    with pytest.raises(CheckpointError, match="not a one-step checkpoint"):
+        inspect(copy, "test")
+
+
+def test_trained_resolutions_decide_the_canvas(copy: Path) -> None:
+    (copy / "training.json").write_text('{"resolutions": [64, 32]}')
+    found = inspect(copy, "test")
+    assert [found.resolution_for(size) for size in (16, 32, 48, 64, 224)] == [32, 32, 64, 64, 64]
+    (copy / "training.json").write_text('{"resolutions": []}')
+    with pytest.raises(CheckpointError, match="resolutions"):
+        inspect(copy, "test")
+
+
+def test_the_identity_follows_the_weights(copy: Path) -> None:
+    before = weight_digests(inspect(copy, "test"))
+    assert set(before) == {
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder_2/model.fp16.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    }
+    file = copy / "vae/diffusion_pytorch_model.fp16.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    after = weight_digests(inspect(copy, "test"))
+    assert {name for name in before if before[name] != after[name]} == {"vae/diffusion_pytorch_model.fp16.safetensors"}
+
+
+def test_sdxl_turbo_is_recognised_by_all_of_its_weights() -> None:
+    assert recognise(dict(SDXL_TURBO_SHA256)) == SDXL_TURBO
+    assert recognise(SDXL_TURBO_SHA256 | {"vae/diffusion_pytorch_model.fp16.safetensors": "0" * 64}) is None
+    assert recognise(weight_digests(inspect(checkpoint.EMBEDDED, "test"))) is None
+
+
+def test_auto_prefers_the_environment(checkpoint_folder: Path) -> None:
+    found = choose("auto", cuda=True, environment={"BANKO_MODEL": str(checkpoint_folder)}, root=NOWHERE)
+    assert found.path == checkpoint_folder and "BANKO_MODEL" in found.source
+
+
+def test_auto_takes_the_local_folder_next(checkpoint_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/sdxl-turbo").symlink_to(checkpoint_folder)
+    for cuda in (False, True):
+        found = choose("auto", cuda=cuda, environment={}, root=tmp_path)
+        assert found.path.resolve() == checkpoint_folder.resolve() and found.source == "models/sdxl-turbo"
+
+
+def test_a_damaged_local_folder_is_an_error_not_a_reason_to_look_on(copy: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/sdxl-turbo").symlink_to(copy)
+    (copy / "unet/config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"unet/config\.json"):
+        choose("auto", cuda=False, environment={}, root=tmp_path)
+
+
+def test_auto_without_a_gpu_takes_the_embedded_one_and_says_so(tmp_path: Path) -> None:
+    found = choose("auto", cuda=False, environment={}, root=tmp_path)
+    assert found.path == checkpoint.EMBEDDED and found.source.startswith("embedded")
+    assert choose("embedded", cuda=True, environment={}, root=tmp_path).path == checkpoint.EMBEDDED
+
+
+@pytest.mark.usefixtures("offline")
+def test_auto_with_a_gpu_never_takes_the_embedded_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no SDXL-Turbo weights.*--model embedded"):
+        choose("auto", cuda=True, environment={}, root=tmp_path)
+
+
+def test_auto_with_a_gpu_takes_the_hub_cache(
+    monkeypatch: pytest.MonkeyPatch, checkpoint_folder: Path, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--stabilityai--sdxl-turbo"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text("0" * 40)
+    shutil.copytree(checkpoint_folder, repository / "snapshots" / ("0" * 40))
+    found = choose("auto", cuda=True, environment={}, root=NOWHERE)
+    assert tmp_path in found.path.parents and found.source == "hub stabilityai/sdxl-turbo"
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize("model", ["./nowhere", "/no/where", "nowhere", "nobody/nothing"])
+def test_a_model_that_is_nowhere_is_refused(model: str) -> None:
+    with pytest.raises(CheckpointError, match=model):
+        choose(model, cuda=False, environment={}, root=NOWHERE)

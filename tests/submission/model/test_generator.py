@@ -1,0 +1,87 @@
+"""What the generator does with a decoder that overflows, as SDXL's does in half precision."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from submission.errors import CheckpointError
+from submission.log import Log
+from submission.model import pipeline
+from submission.model.checkpoint import inspect
+from submission.model.decoder import Decoder
+from submission.model.generator import Generator, load_generator
+from submission.model.image_spec import ImageSpec
+from submission.plan.budget import start_budget
+from submission.tasks import load_task
+
+
+@pytest.fixture
+def log() -> Log:
+    return Log("plain", start_budget(60))
+
+
+@pytest.fixture
+def generator(checkpoint_folder: Path, task_file: Path, log: Log) -> Generator:
+    task, checkpoint = load_task(str(task_file)), inspect(checkpoint_folder, "test")
+    return load_generator(ImageSpec(task), checkpoint, torch.device("cpu"), log)
+
+
+def test_an_overflowing_decoder_is_replaced_by_a_more_precise_one_and_said(generator: Generator, log: Log) -> None:
+    """Activations beyond fp16's 65,504, which the next normalisation would have brought back."""
+    generator.vae.decoder.conv_in.weight.data *= 3e4
+    expected = generator.images(np.arange(0, 6), log)
+    assert log.warnings == []
+    generator.vae.half()
+    images = generator.images(np.arange(0, 6), log)
+    assert "broken images" in log.warnings[0] and generator.vae.dtype == torch.float32
+    assert generator.regenerated == 6
+    assert (images.int() - expected.int()).abs().float().mean() < 2, "fp16 has rounded the weights, no more"
+
+
+def test_an_overflowing_unet_is_replaced_by_a_more_precise_one_and_counted(generator: Generator, log: Log) -> None:
+    """Activations beyond fp16's 65,504, which the next normalisation would have brought back."""
+    generator.sampler, generator.conditioning = pipeline.in_float32(generator.sampler, generator.conditioning)
+    generator.sampler.unet.conv_in.weight.data *= 1e5
+    expected = generator.images(np.arange(0, 6), log)
+    assert log.warnings == [] and generator.regenerated == 0
+    half = torch.float16
+    generator.sampler = replace(
+        generator.sampler,
+        unet=generator.sampler.unet.half(),
+        time_ids=generator.sampler.time_ids.half(),
+        dtype=half,
+    )
+    generator.conditioning = replace(generator.conditioning, pooled=generator.conditioning.pooled.half())
+    images = generator.images(np.arange(0, 6), log)
+    assert "broken images from the UNet in float16" in log.warnings[0] and generator.regenerated == 6
+    assert (images.int() - expected.int()).abs().float().mean() < 2
+
+
+def test_where_a_cheap_decoder_breaks_the_vae_takes_over_and_it_is_said(generator: Generator, log: Log) -> None:
+    expected = generator.images(np.arange(0, 3), log)
+    generator.decoder = Decoder("distilled", 16, lambda latents: latents.new_zeros(len(latents), 3, 16, 16), {})
+    assert torch.equal(generator.images(np.arange(0, 3), log), expected)
+    assert "the decoder distilled: the VAE decodes from now on" in log.warnings[0] and generator.regenerated == 3
+
+
+def test_images_broken_in_full_precision_are_an_error(generator: Generator, log: Log) -> None:
+    generator.vae.decoder.conv_out.weight.data.fill_(torch.nan)
+    with pytest.raises(CheckpointError, match="broken images at 16 px"):
+        generator.images(np.arange(0, 3), log)
+
+
+def test_a_prompt_longer_than_the_model_reads_is_said(checkpoint_folder: Path, task_file: Path, log: Log) -> None:
+    task_file.write_text(task_file.read_text().replace("a photo of a plum", "a photo of a plum, dark blue, on a plate"))
+    task, checkpoint = load_task(str(task_file)), inspect(checkpoint_folder, "test")
+    load_generator(ImageSpec(task), checkpoint, torch.device("cpu"), log)
+    assert len(log.warnings) == 1 and "1 of 3 prompts" in log.warnings[0] and "on a plate" in log.warnings[0]
+
+
+def test_any_range_of_images_is_a_part_of_the_whole(generator: Generator, log: Log) -> None:
+    whole = generator.images(np.arange(0, 12), log)
+    for start, stop in [(0, 1), (2, 5), (5, 12)]:
+        part = generator.images(np.arange(start, stop), log)
+        assert (part.int() - whole[start:stop].int()).abs().max() <= 1

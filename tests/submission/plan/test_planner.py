@@ -1,0 +1,153 @@
+"""What is generated, on a clock that is made up."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from submission.plan.estimates import Composition, Extent, FileCost, Pace
+from submission.plan.planner import BATCHES_BEFORE_GIVING_UP, Planner, make_plan
+from tests.submission.plan.made_up import FakeClock, batch_done, generate, make_planner, next_batch
+from tools.bench import scheduler as simulator
+
+compositions = st.builds(Composition, st.integers(2, 200), st.integers(0, 6), st.integers(1, 2000))
+costs = st.builds(FileCost, st.integers(2, 200), st.floats(0, 5), st.floats(1e-6, 0.01), st.floats(1e-6, 0.01))
+paces = st.builds(Pace, st.floats(1e-4, 10), st.floats(0, 1), st.just(5))
+
+
+@given(st.floats(0, 5000), st.integers(0, 5000), st.integers(1, 64), paces, costs, compositions)
+def test_a_plan_fits_and_one_more_round_would_not(
+    left: float, images: int, batch: int, pace: Pace, cost: FileCost, composition: Composition
+) -> None:
+    images = min(images, composition.cap * composition.classes)
+    done = images // composition.classes
+
+    def total(rounds: int) -> float:
+        return pace.bound(max(0, rounds * composition.classes - images), batch) + cost.bound(composition.extent(rounds))
+
+    plan = make_plan(left, images, lambda count: pace.bound(count, batch), cost.bound, composition)
+    assert done <= plan.rounds <= max(done, composition.cap)
+    assert plan.ipc == composition.ipc(plan.rounds)
+    assert plan.rounds == done or total(plan.rounds) <= left
+    assert plan.rounds == composition.cap or total(plan.rounds + 1) > left
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(simulator.KINDS), st.integers(0, 10**9))
+def test_no_job_on_a_simulated_machine_is_late_and_snapshots_cost_little(kind: str, seed: int) -> None:
+    trace = simulator.draw_trace(kind, seed)
+    outcome = simulator.run_ours(trace)
+    assert outcome.end <= trace.seconds and outcome.snapshots <= 0.03
+
+
+def test_a_batch_of_many_rounds_is_not_repeated_when_time_is_short() -> None:
+    planner, clock = make_planner(20, batch=100, copies=0)
+    clock.now = 15
+    batch_done(planner, next_batch(planner), 10.0)
+    assert planner.files.rounds == 10
+    assert next_batch(planner) <= 10, "at most the one round that still fits"
+
+
+def test_the_cap_ends_a_job_early() -> None:
+    planner, clock = make_planner(600, cap=7)
+    generate(planner, clock, 0.01)
+    assert planner.files.rounds == 7 and clock.now < 30 and planner.files.last_file() == Extent(7, 7)
+
+
+def test_a_stall_early_on_does_not_end_the_job() -> None:
+    planner, clock = make_planner(100)
+    stalls = 0
+    for batch in range(10000):
+        size = next_batch(planner)
+        if not size:
+            break
+        took = 20.0 if batch == 10 else 0.1
+        clock.now += took
+        stalls += batch_done(planner, size, took)
+    unused = planner.budget.usable - planner.files.reserve(planner.files.whole)
+    assert 0 <= unused < 1 and stalls == 1
+
+
+def test_a_budget_is_not_called_too_small_before_larger_batches_are_tried() -> None:
+    """Images one by one would take 11 s, in batches of 16 they take 2."""
+    planner, clock = make_planner(6, batch=None, classes=100, cap=500, file=(0.5, 1e-5, 1e-5))
+    while size := next_batch(planner):
+        took = 0.1 + 0.01 * size
+        clock.now += took
+        batch_done(planner, size, took)
+    assert planner.files.rounds >= 1
+
+
+def test_a_budget_without_room_for_a_round_is_said_with_what_it_would_need() -> None:
+    def tried(seconds: float) -> Planner:
+        """Ready after 8 s, it makes 20 images/s."""
+        planner, clock = make_planner(seconds, batch=10, classes=100, cap=500, file=(0.5, 1e-5, 1e-5), now=8.0)
+        while size := next_batch(planner):
+            clock.now += 0.5
+            batch_done(planner, size, 0.5)
+        return planner
+
+    planner = tried(3)
+    assert not planner.files.rounds
+    text = str(planner.too_small())
+    assert "3 s cannot hold one round" in text and "8.0 to start" in text and "5.0 to generate" in text
+    suggested = float(text.rpartition("--budget ")[2].removesuffix("s"))
+    assert tried(suggested).files.rounds >= 1, "following the advice helps"
+
+
+def two_devices(seconds: float, paces: tuple[float, float], batch: int = 10) -> tuple[Planner, FakeClock]:
+    """Two devices of which each has made a batch, in rounds of ten images."""
+    planner, clock = make_planner(seconds, batch=batch, copies=0, devices=2)
+    for device, pace in enumerate(paces):
+        for _ in range(BATCHES_BEFORE_GIVING_UP):
+            batch_done(planner, batch, pace * batch, device)
+    return planner, clock
+
+
+def test_several_devices_are_planned_for_as_fast_as_they_are_together() -> None:
+    one, _ = make_planner(100, batch=10, copies=0)
+    batch_done(one, 10, 1.0)
+    even, _ = two_devices(100, (0.1, 0.1))
+    uneven, _ = two_devices(100, (0.1, 0.4))
+    assert one.images_per_second == pytest.approx(10) and even.images_per_second == pytest.approx(20)
+    assert uneven.images_per_second == pytest.approx(12.5)
+    assert uneven.generate(100) == pytest.approx(8)
+    assert one.plan().rounds < uneven.plan().rounds < even.plan().rounds < 2.1 * one.plan().rounds
+
+
+def test_no_device_is_given_what_would_not_come_back_in_time() -> None:
+    planner, clock = two_devices(60, (0.1, 2.0))
+    fast, slow = planner.devices
+    clock.now = 30
+    assert planner.next_batch(fast) == 10 and planner.next_batch(slow) == 10
+    clock.now = 45
+    assert planner.next_batch(fast) == 10
+    assert planner.next_batch(slow) < 10, "ten would take it 20 s"
+    fast.give(np.arange(140), clock.now)
+    assert planner.next_batch(fast) == 0, "it has work for 14 s and would need one more for this"
+
+
+def test_a_round_that_no_device_makes_alone_in_time_is_shared() -> None:
+    planner, clock = two_devices(60, (0.5, 0.5))
+    clock.now = 60 - planner.files.reserve(planner.files.composition.extent(7)) - 3
+    assert [planner.next_batch(device) for device in planner.devices] == [5, 5], "a whole one takes 5 s"
+
+
+def test_what_is_late_no_longer_counts_as_in_hand() -> None:
+    planner, clock = two_devices(60, (0.1, 0.1))
+    device = planner.devices[0]
+    device.give(np.arange(10), clock.now)
+    assert planner.in_hand == 10 and device.in_hand[0].late_at == pytest.approx(clock.now + 5)
+    assert [numbers.tolist() for numbers in device.hand_on()] == [list(range(10))]
+    assert planner.in_hand == 0 and not device.hand_on(), "once"
+
+
+def test_a_device_that_comes_late_gets_work_only_while_it_may_come_back() -> None:
+    planner, clock = two_devices(60, (0.1, 0.1))
+    planner.expect(3, None)
+    late = planner.devices[2]
+    late.loaded("late", "", {}, 10.0)
+    clock.now = 30
+    assert planner.next_batch(late) == 1 and planner.pays_to_start()
+    clock.now = 56
+    assert planner.next_batch(late) == 0 and not planner.pays_to_start()

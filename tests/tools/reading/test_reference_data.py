@@ -1,0 +1,121 @@
+"""Real test images in the forms that people have them in."""
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torchvision.datasets import CIFAR100
+
+from submission.dataset.dataset_file import mean_and_std
+from submission.errors import InputFileError
+from submission.tasks import load_task
+from tools.reading.reference_data import find_reference_data
+
+CIFAR_TASK = load_task("cifar100")
+TINY_TASK = load_task("tinyimagenet")
+
+
+def pixels(count: int, size: int) -> NDArray[np.uint8]:
+    return np.random.default_rng(0).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def as_in_a_file(images: NDArray[np.uint8], task_name: str) -> torch.Tensor:
+    mean, std = mean_and_std(load_task(task_name))
+    return (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
+
+
+@pytest.fixture
+def cifar_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What torchvision leaves on disk, with four test images, under checksums of their own."""
+    folder = tmp_path / "cifar-100-python"
+    folder.mkdir()
+    data = pixels(4, 32).transpose(0, 3, 1, 2).reshape(4, -1)
+    names = [one.name for one in CIFAR_TASK.classes]
+    for name, content in {
+        "train": {"data": data[:1], "fine_labels": [0]},
+        "test": {"data": data, "fine_labels": [3, 99, 0, 41]},
+        "meta": {"fine_label_names": names},
+    }.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+    sums = {file.name: hashlib.md5(file.read_bytes()).hexdigest() for file in folder.iterdir()}
+    monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
+    monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
+    return tmp_path
+
+
+def test_cifar100_from_torchvision(cifar_folder: Path) -> None:
+    found = find_reference_data(cifar_folder, CIFAR_TASK)
+    torch.testing.assert_close(found.images, as_in_a_file(pixels(4, 32), "cifar100"))
+    assert found.images.is_contiguous()
+    assert found.labels.tolist() == [3, 99, 0, 41]
+
+
+def test_the_organisers_file_comes_first(cifar_folder: Path) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    torch.save({"images_val": images, "labels_val": torch.tensor([5, 6])}, cifar_folder / "cifar100_test.pt")
+    assert torch.equal(find_reference_data(cifar_folder, CIFAR_TASK).images, images)
+
+
+def test_changed_files_are_not_unpickled(cifar_folder: Path) -> None:
+    (cifar_folder / "cifar-100-python" / "test").write_bytes(b"c__builtin__\neval\n(S'1/0'\ntR.")
+    with pytest.raises(InputFileError, match="not torchvision's files"):
+        find_reference_data(cifar_folder, CIFAR_TASK)
+
+
+def test_other_classes_are_refused(cifar_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meta = cifar_folder / "cifar-100-python" / "meta"
+    meta.write_bytes(pickle.dumps({"fine_label_names": ["cat"] * 100}))
+    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": hashlib.md5(meta.read_bytes()).hexdigest()})
+    with pytest.raises(InputFileError, match="its classes are not those of cifar100"):
+        find_reference_data(cifar_folder, CIFAR_TASK)
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    """An unpacked Tiny-ImageNet with three validation images, one of them grey."""
+    images = tmp_path / "tiny-imagenet-200" / "val" / "images"
+    images.mkdir(parents=True)
+    colours = pixels(2, 64)
+    # In PNG under the usual names, so that the pixels come back as they were.
+    Image.fromarray(colours[0]).save(images / "val_0.JPEG", format="PNG")
+    Image.fromarray(colours[1]).save(images / "val_1.JPEG", format="PNG")
+    Image.fromarray(colours[0, :, :, 0]).save(images / "val_2.JPEG", format="PNG")
+    lines = [f"val_{i}.JPEG\t{TINY_TASK.classes[index].wnid}\t0\t0\t62\t62\n" for i, index in enumerate((7, 0, 199))]
+    (images.parent / "val_annotations.txt").write_text("".join(lines))
+    return tmp_path
+
+
+def test_tiny_imagenet_unpacked(tiny_folder: Path) -> None:
+    found = find_reference_data(tiny_folder, TINY_TASK)
+    colours = pixels(2, 64)
+    grey = colours[:1, :, :, :1].repeat(3, axis=3)
+    torch.testing.assert_close(found.images, as_in_a_file(np.concatenate([colours, grey]), "tinyimagenet"))
+    assert found.labels.tolist() == [7, 0, 199]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("val_9.JPEG\tn01443537\n", "cannot be read"),
+        ("val_0.JPEG\tn99999999\n", "names a class 'n99999999'"),
+        ("val_0.JPEG\n", "cannot be read"),
+        ("", "cannot be read"),
+    ],
+)
+def test_a_damaged_tiny_imagenet(line: str, reason: str, tiny_folder: Path) -> None:
+    (tiny_folder / "tiny-imagenet-200" / "val" / "val_annotations.txt").write_text(line)
+    with pytest.raises(InputFileError, match=reason) as caught:
+        find_reference_data(tiny_folder, TINY_TASK)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("task", "folder"), [("cifar100", "cifar-100-python"), ("tinyimagenet", "tiny-imagenet-200")])
+def test_nothing_there(task: str, folder: str, tmp_path: Path) -> None:
+    with pytest.raises(InputFileError, match=f"{task}_test.pt: no such file, nor is there {folder}"):
+        find_reference_data(tmp_path, load_task(task))

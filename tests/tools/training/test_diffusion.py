@@ -1,0 +1,84 @@
+"""The teacher's arithmetic, on teachers whose every answer is known."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import EulerAncestralDiscreteScheduler
+from torch import Tensor
+
+from tools.training import diffusion
+from tools.training.diffusion import NoiseSchedule, Teacher, column, denoise, denoise_guided, noise_schedule, solver_of
+from tools.training.layout import Conditioning
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def schedule() -> NoiseSchedule:
+    scheduler = EulerAncestralDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return noise_schedule(scheduler, CPU)
+
+
+class OfGaussians:
+    """The v that is to be expected where prompt p asks for latents around `means[p]` with deviation `spread`."""
+
+    def __init__(self, schedule: NoiseSchedule, means: Tensor, spread: float) -> None:
+        self.schedule, self.means, self.spread = schedule, means, spread
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor, added_cond_kwargs: dict[str, Tensor], **_: Any) -> Any:
+        alpha, sigma = column(self.schedule.alphas[timesteps]), column(self.schedule.sigmas[timesteps])
+        mean = column(self.means[added_cond_kwargs["text_embeds"][:, 0].long()])
+        variance = self.spread**2
+        clean = mean + variance * alpha / (alpha**2 * variance + sigma**2) * (noisy - alpha * mean)
+        return SimpleNamespace(sample=(alpha * noisy - clean) / sigma)
+
+
+def numbered(prompts: int) -> Conditioning:
+    """A pooled embedding that is the prompt's number; the last prompt is the empty one."""
+    return Conditioning(torch.zeros(prompts, 1, 1), torch.arange(prompts).float().view(-1, 1))
+
+
+def test_the_schedule_keeps_the_variance(schedule: NoiseSchedule) -> None:
+    torch.testing.assert_close(schedule.alphas**2 + schedule.sigmas**2, torch.ones(1000))
+    assert (schedule.sigmas.diff() > 0).all()
+
+
+def test_a_noisy_gaussian_is_denoised_to_what_is_to_be_expected(schedule: NoiseSchedule) -> None:
+    torch.manual_seed(0)
+    mean, spread, timestep = 1.5, 0.5, 400
+    unet = OfGaussians(schedule, torch.tensor([mean]), spread)
+    clean = mean + spread * torch.randn(4000, 1, 4, 4)
+    noise = torch.randn(clean.shape)
+    timesteps = torch.full((len(clean),), timestep)
+    noisy = schedule.noisy(clean, timesteps, noise)
+    expected = denoise(unet, schedule, noisy, timesteps, numbered(1).of(torch.zeros_like(timesteps)))
+    error = clean - expected
+    assert abs(error.mean()) < 0.02
+    assert abs((error * noisy).mean() - error.mean() * noisy.mean()) < 0.02, "a linear guess would be nearer"
+
+
+def test_the_solver_leads_noise_to_samples(schedule: NoiseSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusion, "SOLVER_STEPS", 250)
+    means, spread = torch.tensor([-2.0, 0.5, 0.5]), 0.7
+    monkeypatch.setattr(diffusion, "GUIDANCE", 1.0)
+    solve = solver_of(Teacher(OfGaussians(schedule, means, spread), schedule, numbered(3)))
+    noise = torch.randn(6, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+    rows = torch.tensor([0, 1, 0, 1, 0, 1])
+    alpha, sigma = schedule.alphas[-1], schedule.sigmas[-1]
+    # Along the flow between Gaussians a point keeps its distance from the mean in deviations.
+    mean = column(means[rows])
+    exact = mean + spread * (noise - alpha * mean) / (alpha**2 * spread**2 + sigma**2).sqrt()
+    torch.testing.assert_close(solve(noise, rows), exact, atol=0.05, rtol=0)
+
+
+def test_guidance_goes_further_the_way_the_prompt_leads(schedule: NoiseSchedule) -> None:
+    unet, encoded = OfGaussians(schedule, torch.tensor([2.0, 0.0]), 0.5), numbered(2)
+    timesteps = torch.full((3,), 600)
+    noisy = torch.randn(3, 4, 2, 2, generator=torch.Generator().manual_seed(2))
+    rows = torch.zeros(3, dtype=torch.long)
+    prompted = denoise(unet, schedule, noisy, timesteps, encoded.of(rows))
+    unprompted = denoise(unet, schedule, noisy, timesteps, encoded.of(rows + 1))
+    guided = denoise_guided(Teacher(unet, schedule, encoded), noisy, timesteps, rows)
+    torch.testing.assert_close(guided - unprompted, diffusion.GUIDANCE * (prompted - unprompted))

@@ -1,0 +1,112 @@
+"""Folders of people's own images: JPEG, PNG and the like, of any size, in one folder per class.
+
+Nothing in them is trusted: formats are few, sizes are read from headers before memory is taken for pixels, and whatever
+a damaged file makes its reader raise is one line that names the file.
+"""
+
+import difflib
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from submission.dataset.dataset_file import mean_and_std
+from submission.errors import InputFileError
+from submission.tasks import Task, TaskClass
+from submission.tasks.parse import did_you_mean
+from tools.reading.tensor_files import LabelledImages
+
+# What is read, of all that Pillow knows: pictures of pixels, by readers that are in daily use.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# What `convert("RGB")` makes sense of; it would cut off the upper half of 16-bit greys.
+MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+# The part of the free memory that test images may take: training wants some, too.
+MEMORY_SHARE = 0.5
+
+
+def read_class_folders(folder: Path, task: Task) -> LabelledImages | None:
+    """The images below `folder`, in one folder per class, called like it or like its WordNet id, normalised.
+
+    Each is centre-cropped to a square and resized, with antialiasing, to the task's size. Folders of other names are
+    left alone. None where no class has a folder. Raises InputFileError where some have none, for a file that is no
+    image, and where memory does not hold them all; OSError.
+    """
+    places = [_place(folder, one) for one in task.classes]
+    if not any(places):
+        return None
+    files: list[Path] = []
+    labels: list[int] = []
+    for one, place in zip(task.classes, places, strict=True):
+        if place is None:
+            there = [path.name for path in folder.iterdir() if path not in places]
+            close = did_you_mean(difflib.get_close_matches(one.name, there, n=1))
+            raise InputFileError(f"{folder}: class {one.name!r} of {task.name} has no folder there{close}")
+        found = find_images(place)
+        if not found:
+            raise InputFileError(f"{place}: there are no images of class {one.name!r}")
+        files += found
+        labels += [one.index] * len(found)
+    need, free = len(files) * 3 * task.size**2 * 4, psutil.virtual_memory().available
+    if need > MEMORY_SHARE * free:
+        raise InputFileError(
+            f"{folder}: its {len(files):,} images at {task.size} px take {need / 1e9:.1f} GB of memory, and "
+            f"{MEMORY_SHARE * free / 1e9:.1f} GB can be had: leave fewer there"
+        )
+    mean, std = mean_and_std(task)
+    images = torch.empty(len(files), 3, task.size, task.size)
+    for image, file in zip(images, files, strict=True):
+        image.copy_(torch.from_numpy(read_image(file, task.size)).permute(2, 0, 1)).div_(255).sub_(mean).div_(std)
+    return LabelledImages(images, torch.tensor(labels))
+
+
+def find_images(folder: Path) -> list[Path]:
+    """All files below a folder in the order of their paths, but hidden ones, as systems leave them. Raises OSError."""
+    return [path for path in sorted(folder.rglob("*")) if not path.is_dir() and not path.name.startswith(".")]
+
+
+def read_image(file: Path, size: int) -> NDArray[np.uint8]:
+    """The image in a file, upright, as uint8 [size, size, 3]: its middle square, resized with antialiasing.
+
+    Raises InputFileError.
+    """
+    try:
+        if not file.is_file():
+            raise ValueError("not a file")  # a pipe would never end
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(file, formats=FORMATS) as image:
+                if image.mode not in MODES:
+                    raise ValueError(f"pixels of mode {image.mode} are not read, only those of 8 bits a channel")
+                square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
+        return np.array(square)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise InputFileError(f"{file}: no image that can be read ({reason})") from error
+
+
+def mean_and_deviation(files: Sequence[Path], size: int) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over the pixels in 0..1 of images, read as above, four digits each.
+
+    Raises InputFileError.
+    """
+    sums, squares = np.zeros(3), np.zeros(3)
+    for file in files:
+        pixels = read_image(file, size).reshape(-1, 3) / 255
+        sums += pixels.mean(0)
+        squares += np.square(pixels).mean(0)
+    mean = sums / len(files)
+    deviation = np.sqrt(np.maximum(squares / len(files) - mean**2, 0))
+    return mean.round(4).tolist(), deviation.round(4).tolist()
+
+
+def _place(folder: Path, one: TaskClass) -> Path | None:
+    for name in (one.name, one.wnid):
+        # A name with a slash would lead elsewhere.
+        if name and Path(name).name == name and (folder / name).is_dir():
+            return folder / name
+    return None

@@ -1,0 +1,1 @@
+"""Parts of the training of the embedded checkpoint: critic, VAE, diffusion teacher, one-step student."""
