@@ -11,31 +11,39 @@ from typing import NoReturn
 from submission.errors import BankoError, InputFileError, UsageError
 
 
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Says the default of every option whose help does not."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        told = action.required or action.nargs == 0 or action.default is None or "default:" in text
+        return text if told else f"{text} (default: %(default)s)"
+
+
 class Parser(argparse.ArgumentParser):
     """Help whose examples stand as they were written, and wrong usage said in one line."""
 
     def __init__(self, *, prog: str, description: str, epilog: str) -> None:
         text = textwrap.fill(description, width=100)
-        super().__init__(
-            prog=prog, description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+        super().__init__(prog=prog, description=text, epilog=epilog, formatter_class=_Help)
 
     def error(self, message: str) -> NoReturn:
         self.exit(UsageError.exit_code, f"error: {message}; {self.prog} --help says more\n")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """`--device`, of the tools that compute."""
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any (default: auto)"
-    )
+    """Adds `--device`, for the commands that compute."""
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
 
 
-def exit_code_of(work: Callable[[], int | None], *, debug: bool = False) -> int:
+def exit_code_of(
+    work: Callable[[], int | None], *, debug: bool = False, file_error: type[BankoError] = InputFileError
+) -> int:
     """The exit code of a command: 0 or what `work` returns; an error's own, told in one line; 130 after Ctrl-C.
 
     Args:
         debug: let errors through, with their tracebacks.
+        file_error: what an error of the system about a file is; what a command writes has errors of its own.
     """
     try:
         return work() or 0
@@ -44,11 +52,11 @@ def exit_code_of(work: Callable[[], int | None], *, debug: bool = False) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except OSError as error:  # of a file or folder that was handed to the command: what it writes has errors of its own
-        if debug or error.filename is None:
+    except OSError as error:
+        if debug:
             raise
-        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return InputFileError.exit_code
+        print(f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        return file_error.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 128 + signal.SIGINT

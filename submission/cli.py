@@ -18,15 +18,14 @@ from submission.arguments import (
     number_from,
     parse_seconds,
 )
-from submission.engine import Load
-from submission.engine.launchers import started_by_launcher
-from submission.errors import UsageError
-from submission.log import Log, default_style
+from submission.errors import OutputError, UsageError
+from submission.launchers import rank_and_count
 from submission.plan.budget import start_budget
 from submission.plan.guard import Guard
 from submission.tasks import Task, builtin_names, load_task
 
 if TYPE_CHECKING:
+    from submission.engine import Load
     from submission.request import JobRequest
 
 EXAMPLES = """examples:
@@ -62,96 +61,55 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add("task", metavar="TASK", help=f"{', '.join(builtin_names())}, or the path of a task's .toml")
-    add(
-        "--budget",
-        default="10m",
-        metavar="TIME",
-        help="from process start to exit, in seconds or minutes: 600, 90s or 10m (default: 10m)",
-    )
+    add("--budget", default="10m", metavar="TIME", help="from process start to exit: 600 (seconds), 90s or 10m")
     add(
         "--started-at",
         type=epoch,
         default=os.environ.get("BANKO_STARTED_AT"),
         metavar="EPOCH",
-        help="when the budget began, in Unix seconds, if before this process (default: $BANKO_STARTED_AT, else its "
-        "start)",
+        help="when the budget began, in Unix seconds (default: $BANKO_STARTED_AT, else the start of the process)",
     )
-    add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="gets the files (default: outputs/)")
+    add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="gets the files")
     add(
         "--model",
         default="auto",
         metavar="MODEL",
         help="auto, embedded, a folder in SDXL-Turbo's layout, or a hub id; auto is $BANKO_MODEL, else "
-        "models/sdxl-turbo, else SDXL-Turbo from the hub with a GPU and the embedded model without (default: auto)",
+        "models/sdxl-turbo, else SDXL-Turbo from the hub with a GPU and the embedded model without",
     )
-    add(
-        "--resolution",
-        type=number_from(1),
-        metavar="PX",
-        help="width of the canvas to generate on, in pixels (default: the checkpoint's own)",
-    )
-    add(
-        "--aug-per-image",
-        type=number_from(0),
-        default=4,
-        metavar="N",
-        help="augmented copies per image at most; 0: none (default: 4)",
-    )
-    add("--pda", choices=("paper", "natural", "none"), default="natural", help="how copies are made (default: natural)")
+    add("--resolution", type=number_from(1), metavar="PX", help="width of the canvas (default: the checkpoint's own)")
+    add("--aug-per-image", type=number_from(0), default=4, metavar="N", help="copies per image at most; 0: none")
+    add("--pda", choices=("paper", "natural", "none"), default="natural", help="how copies are made")
     add(
         "--prompts",
         choices=("label", "described", "diverse"),
         default="described",
-        help="bare class names, descriptions, or descriptions in phrasings taken in turn (default: described)",
+        help="bare class names, descriptions, or descriptions in phrasings taken in turn",
     )
     add(
         "--decoder",
         default="auto",
         metavar="RUNG",
         help="latents to pixels: linear or distilled, a small network fitted to the VAE at once or in seconds; tiny, "
-        "an autoencoder beside the checkpoint; vae, the checkpoint's own; auto takes what pace and fidelity make worth "
-        "most (default: auto)",
+        "an autoencoder beside the checkpoint; vae, the checkpoint's own; auto: by pace and fidelity",
     )
-    add(
-        "--max-ipc",
-        type=number_from(1),
-        metavar="N",
-        help="most images per class in the file (default: the task's, 500)",
-    )
-    add("--seed", type=number_from(0), default=0, metavar="N", help="of all that is random (default: 0)")
-    add(
-        "--batch-size",
-        type=batch_size,
-        default=None,
-        metavar="N",
-        help="images made at a time, or auto: what measures best (default: auto)",
-    )
-    add(
-        "--compile",
-        choices=("auto", "never"),
-        default="auto",
-        help="compile the model while it is at work: auto does on a GPU where that pays back (default: auto)",
-    )
-    add(
-        "--dtype",
-        choices=("float32", "float16"),
-        default="float32",
-        help="of the numbers in the file (default: float32)",
-    )
+    add("--max-ipc", type=number_from(1), metavar="N", help="images per class at most (default: the task's, 500)")
+    add("--seed", type=number_from(0), default=0, metavar="N", help="of all that is random")
+    add("--batch-size", type=batch_size, metavar="N", help="images made at a time (default: auto, what measures best)")
+    add("--compile", choices=("auto", "never"), default="auto", help="compile the model, on a GPU where that pays back")
+    add("--dtype", choices=("float32", "float16"), default="float32", help="of the numbers in the file")
     add(
         "--devices",
         type=devices,
         default="auto",
         metavar="N",
-        help="auto: every GPU, or the CPU; N: so many GPUs, or parts of the CPU; cpu:N: parts of the CPU. Several work "
-        "through Ray (default: auto)",
+        help="auto: every GPU, or the CPU; N: so many GPUs, or parts of the CPU; cpu:N: parts of it; several use Ray",
     )
     add(
         "--cluster",
         type=cluster,
         metavar="ADDRESS",
-        help="join the Ray cluster at HOST:PORT, or auto: the one on this machine, and use all its GPUs, or --devices "
-        "(default: none)",
+        help="join a Ray cluster, HOST:PORT or auto, and use its GPUs, or so many --devices (default: none)",
     )
     add_device(parser)
     add("--resume", action="store_true", help="go on from the rounds that an interrupted run left in the output folder")
@@ -163,27 +121,31 @@ def build_parser() -> Parser:
 def main(
     arguments: Sequence[str] | None = None,
     process_start: float | None = None,
-    prepare: Callable[..., Load] | None = None,
+    prepare: Callable[..., "Load"] | None = None,
 ) -> int:
     """Runs the command line and returns the exit code. `process_start` is in Unix seconds; `submission.job.run` says
     what `prepare` is for."""
     options = build_parser().parse_args(arguments)
-    return exit_code_of(lambda: _run(options, process_start or time.time(), prepare), debug=options.debug)
+    return exit_code_of(
+        lambda: _run(options, process_start or time.time(), prepare), debug=options.debug, file_error=OutputError
+    )
 
 
-def _run(options: argparse.Namespace, process_start: float, prepare: Callable[..., Load] | None) -> None:
+def _run(options: argparse.Namespace, process_start: float, prepare: Callable[..., "Load"] | None) -> None:
     task = load_task(options.task)
     seconds = parse_seconds(options.budget)
     if options.devices[0] == "cpu" and options.device == "cuda":
         raise UsageError("--devices cpu:N and --device cuda contradict each other: leave one of them out")
-    rank, processes = (0, 1) if options.cluster else started_by_launcher()
+    rank, processes = (0, 1) if options.cluster else rank_and_count()
     if rank:
         print(f"process {rank} of {processes} leaves: the first one drives all devices of this machine")
         return
     budget = start_budget(seconds, process_start, options.started_at)
+    from submission.log import Log, default_style  # noqa: PLC0415  # slow to import
+
     log = Log(options.log or default_style(), budget)
     try:
-        with Guard(budget) as guard:
+        with Guard(budget, log.close) as guard:
             if processes > 1:
                 here = "this one drives all devices of this machine, the others leave"
                 log.say(f"started as {processes} processes: {here}")
@@ -201,7 +163,8 @@ def _request(options: argparse.Namespace, task: Task) -> "JobRequest":
     from submission.request import DeviceRequest, JobRequest  # noqa: PLC0415
 
     if options.decoder not in ("auto", *RUNGS):
-        raise UsageError(f"--decoder {options.decoder!r} is none of auto, {', '.join(RUNGS)}")
+        known = ", ".join(("auto", *RUNGS))
+        raise UsageError(f"argument --decoder: {options.decoder!r} is none of {known}; ./run.sh --help says more")
     kind, count = options.devices
     return JobRequest(
         image=ImageSpec(task, options.prompts, options.seed, options.resolution, options.decoder),

@@ -1,4 +1,4 @@
-"""One exception an exit code. Raised where the fact is known, turned into one line by the command line."""
+"""An exception for each exit code. Raised where the fact is known, turned into one line by the command line."""
 
 import errno
 from pathlib import Path
@@ -38,6 +38,11 @@ class InputFileError(BankoError):
     """A file handed to a tool was refused."""
 
     exit_code = 6
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
 def cannot_write(path: Path, error: OSError, size: float) -> OutputError:

@@ -99,12 +99,12 @@ class Log:
         elif self.budget.elapsed - self._last_line >= LINE_SECONDS:
             self._last_line = self.budget.elapsed
             if self.style == "json":
-                self._print_json({"event": "progress", **asdict(status), **_resources()})
+                self._print_json({"event": "progress", **asdict(status), "memory_bytes": _memory()})
             else:
-                print(f"{self.budget.elapsed:7.1f}s  {status}, {_left(self.budget)}, {_memory()}", flush=True)
+                print(f"{self.budget.elapsed:7.1f}s  {status}, {_resources(self.budget)}", flush=True)
 
     def facts(self) -> dict[str, object]:
-        """For the manifest. Other threads may be adding to it."""
+        """The log's part of the manifest. Safe while other threads log."""
         return {
             "phases_seconds": {name: round(seconds, 3) for name, seconds in list(self.timings.items())},
             "phases_from_to": {name: [round(end, 2) for end in span] for name, span in list(self.spans.items())},
@@ -140,20 +140,16 @@ class _Resources(ProgressColumn):
         self.budget = budget
 
     def render(self, task: Task) -> Text:
-        return Text(f"{_left(self.budget)}, {_memory()}", style="dim")
+        return Text(f"{_resources(self.budget)}", style="dim")
 
 
 def default_style() -> LogStyle:
     return "rich" if sys.stdout.isatty() else "plain"
 
 
-def _left(budget: Budget) -> str:
-    return f"{max(0.0, budget.left):.0f} s left"
+def _resources(budget: Budget) -> str:
+    return f"{max(0.0, budget.left):.0f} s left, {_memory() / 1e9:.1f} GB"
 
 
-def _resources() -> dict[str, object]:
-    return {"memory_bytes": psutil.Process().memory_info().rss}
-
-
-def _memory() -> str:
-    return f"{psutil.Process().memory_info().rss / 1e9:.1f} GB"
+def _memory() -> int:
+    return int(psutil.Process().memory_info().rss)

@@ -36,7 +36,7 @@ from submission.job.files import JobFiles
 from submission.log import Log
 from submission.machine.crowding import Crowding
 from submission.machine.memory import WorkingMemory
-from submission.model.checkpoint import EMBEDDED, Checkpoint, inspect
+from submission.model.checkpoint import EMBEDDED, Checkpoint, choose, inspect
 from submission.model.generator import Generator, load_generator
 from submission.model.image_spec import ImageSpec
 from submission.plan import guard
@@ -284,7 +284,7 @@ def gpu_without_weights() -> None:
     """A CUDA device, and no SDXL-Turbo to be had."""
     offline()
     vars(torch.cuda).update(is_available=lambda: True, device_count=lambda: 1, set_device=lambda _: None)
-    vars(run)["PROJECT"] = Path.cwd()
+    vars(run)["choose"] = functools.partial(choose, root=Path.cwd())
 
 
 def no_ray() -> None:

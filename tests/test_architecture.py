@@ -18,6 +18,7 @@ ROOMS: dict[str, set[str]] = {
     "plan": {"errors"},
     "machine": {"errors"},
     "arguments": {"errors"},
+    "launchers": {"errors"},
     "log": {"plan"},
     "dataset": {"errors", "tasks", "machine"},
     "model": {"errors", "tasks", "plan", "machine", "log"},
@@ -25,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "request": {"tasks", "plan", "dataset", "model"},
     "report": {"errors", "tasks", "machine", "dataset", "model"},
     "job": {"errors", "tasks", "plan", "machine", "log", "dataset", "model", "engine", "request", "report"},
-    "cli": {"errors", "tasks", "plan", "arguments", "log", "model", "engine", "request", "job"},
+    "cli": {"errors", "tasks", "plan", "arguments", "launchers", "log", "model", "engine", "request", "job"},
     "__main__": {"cli"},
 }
 COMMANDS = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"__init__"}

@@ -25,4 +25,5 @@ def test_every_option_and_command_is_explained(name: str) -> None:
         if action is not SUBPARSERS:
             assert action.help, action.dest
         if action.option_strings and action.nargs != 0 and not action.required and action.dest != "json":
-            assert "default: " in (action.help or ""), action.dest
+            assert action.default is not None or "default: " in (action.help or ""), action.dest
+    assert name == BENCH.prog or "(default: " in text

@@ -6,7 +6,6 @@ A wrong order of classes does not show in the numbers; `./run.sh evaluate` looks
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +17,7 @@ from submission.dataset.dataset_file import mean_and_std
 from submission.errors import InputFileError, UsageError
 from submission.machine.disk import write_json, write_whole
 from submission.report.contact_sheet import MOST_CLASSES, draw_contact_sheet
-from submission.tasks import Task, builtin_names, load_task
+from submission.tasks import Task, load_task
 from tools.reading.tensor_files import LabelledImages, read_submission
 from tools.scoring.findings import Finding, inspect
 
@@ -33,11 +32,7 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add("file", type=Path, metavar="FILE.pt", help="what the job has made, or anyone: a tensor of torch.save")
-    add(
-        "--task",
-        metavar="TASK",
-        help=f"{', '.join(builtin_names())}, or a task's .toml (default: the one called like the file)",
-    )
+    add("--task", metavar="TASK", help="a name, or a task's .toml (default: the one called like the file)")
     add("--sheet", type=Path, metavar="PATH", help="the picture (default: FILE.audit.png, beside it)")
     add("--json", type=Path, metavar="PATH", help="write what was found there as well")
     return parser
@@ -46,10 +41,10 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = build_parser().parse_args(arguments)
-    return exit_code_of(lambda: _report(options))
+    return exit_code_of(lambda: _audit(options))
 
 
-def _report(options: argparse.Namespace) -> int:
+def _audit(options: argparse.Namespace) -> int:
     """Print and write what was found; returns the exit code. Raises UsageError, InputFileError, OutputError."""
     try:
         task = load_task(options.task or options.file.stem)
@@ -88,4 +83,4 @@ def _draw(data: LabelledImages, task: Task) -> bytes:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

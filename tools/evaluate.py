@@ -22,7 +22,7 @@ from submission.arguments import Parser, add_device, exit_code_of, number_from
 from submission.errors import InputFileError, OutputError, UsageError
 from submission.machine.device import choose_device
 from submission.machine.disk import write_json, write_whole
-from submission.machine.memory import memory_free
+from submission.machine.memory import keep_freed_memory, memory_free
 from submission.report.page import render
 from submission.tasks import Task, builtin_names, load_task
 from tools.reading.manifests import check_it_describes, read_manifest
@@ -32,7 +32,7 @@ from tools.scoring.convnet import WIDTH, ConvNet
 from tools.scoring.fast import Arithmetic, make_forward, probe
 from tools.scoring.findings import inspect
 from tools.scoring.results import Entry, Run, Score, draw_curves, figures, overall, summary
-from tools.scoring.training import Measure, Schedule, assess, keep_freed_memory, train
+from tools.scoring.training import Measure, Schedule, assess, train
 
 # Feature maps of the first layers' size that training holds at the same time: 4.5 to 6 were measured.
 FEATURE_MAPS = 5
@@ -50,60 +50,38 @@ def build_parser() -> Parser:
         "exit codes: 0 evaluated; 2 usage; 5 output cannot be written; 6 a file was refused",
     )
     add = parser.add_argument
-    add(
-        "--submit_dir",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="holds cifar100.pt, tinyimagenet.pt, or the file of a task of your own",
-    )
+    add("--submit_dir", type=Path, required=True, metavar="DIR", help="holds NAME.pt of each task")
     add(
         "--truth_dir",
         type=Path,
         default=Path("reference_data"),
         metavar="DIR",
-        help="holds cifar100_test.pt, tinyimagenet_test.pt, or torchvision's cifar-100-python/, or the unpacked "
-        "tiny-imagenet-200/, or a folder per class with images of any size, in NAME/ or beside each other (default: "
-        "./reference_data/)",
+        help="holds NAME_test.pt, or torchvision's cifar-100-python/, or the unpacked tiny-imagenet-200/, or a folder "
+        "per class with images of any size, in NAME/ or beside each other",
     )
     add(
         "--output_dir",
         type=Path,
         default=Path(),
         metavar="DIR",
-        help="gets scores.txt, results.json, learning_curves.png, and NAME.html where --submit_dir has the run's "
-        "NAME.json (default: ./)",
+        help="gets scores.txt, results.json, learning_curves.png, and NAME.html where --submit_dir has NAME.json",
     )
     add(
         "--tasks",
         nargs="+",
         metavar="TASK",
-        help=f"{', '.join(builtin_names())}, or a task's .toml (default: those with a file in --submit_dir)",
+        help="names, or a task's .toml (default: those with a file in --submit_dir)",
     )
     add(
         "--protocol",
         choices=("official", "fast"),
         default="official",
-        help="official: their arithmetic; fast: the same recipe and random numbers, compiled and in "
-        "bfloat16 where that gains (default: official)",
+        help="official: their arithmetic; fast: the same, compiled and in bfloat16 where that gains",
     )
-    add(
-        "--epochs", type=number_from(0), default=1000, metavar="N", help="train epochs 0 to N inclusive (default: 1000)"
-    )
-    add(
-        "--max-steps",
-        type=number_from(1),
-        metavar="S",
-        help="end a run after S SGD steps, with the optimiser restarted at half of them (default: no such end)",
-    )
-    add("--runs", type=number_from(1), default=3, metavar="N", help="networks trained per task (default: 3)")
-    add(
-        "--seed",
-        type=number_from(0),
-        default=0,
-        metavar="N",
-        help="seeds torch once, before the first run (default: 0)",
-    )
+    add("--epochs", type=number_from(0), default=1000, metavar="N", help="train epochs 0 to N inclusive")
+    add("--max-steps", type=number_from(1), metavar="S", help="end runs so; restart at half (default: no such end)")
+    add("--runs", type=number_from(1), default=3, metavar="N", help="networks trained per task")
+    add("--seed", type=number_from(0), default=0, metavar="N", help="seeds torch once, before the first run")
     add_device(parser)
     add("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -227,15 +205,14 @@ def score_task(
     done = []
     for run in range(runs):
         net = new_net(entry, device)
-        progress = Progress(f"{entry.task.name} run {run + 1}/{runs}", steps, schedule.images_a_step(len(train_labels)))
+        progress = Progress(
+            f"{entry.task.name} run {run + 1}/{runs}", steps, schedule.images_per_step(len(train_labels))
+        )
         forward = choose_forward(net, entry, schedule, arithmetic)
         train(net, train_images, train_labels, schedule, progress.step, forward, record=arithmetic is not None)
-        tested = assess(net, entry.test.images, entry.test.labels, schedule.batch_size)
-        done.append(Run(tested.measure.accuracy, tested.predictions, progress.measures))
-        print(
-            f"{progress.name}: accuracy {tested.measure.accuracy:.4f} on the test images after {progress.spent}",
-            flush=True,
-        )
+        measure, predictions = assess(net, entry.test.images, entry.test.labels, schedule.batch_size)
+        done.append(Run(measure.accuracy, predictions, progress.measures))
+        print(f"{progress.name}: accuracy {measure.accuracy:.4f} on the test images after {progress.spent}", flush=True)
     return Score(entry, done, steps)
 
 
@@ -259,10 +236,10 @@ def batch_size(entry: Entry, schedule: Schedule) -> int:
 class Progress:
     """A line now and then about a run of training."""
 
-    def __init__(self, name: str, steps: int, images_a_step: float) -> None:
+    def __init__(self, name: str, steps: int, images_per_step: float) -> None:
         self.name = name
         self.measures: list[Measure] = []  # of every step
-        self._steps, self._images_a_step = steps, images_a_step
+        self._steps, self._images_a_step = steps, images_per_step
         self._started = self._last_line = time.perf_counter()
 
     def step(self, done: int, measure: Measure) -> None:
@@ -325,4 +302,4 @@ def duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -6,7 +6,6 @@ The image is built with it, before the rest of the code is there: it needs nothi
 `submission/model/checkpoint.py` and the command line.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,4 +55,4 @@ def fetch_weights(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -4,17 +4,18 @@
 """
 
 import argparse
+import json
+import os
 import re
-import sys
 import unicodedata
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from submission.arguments import Parser, exit_code_of, number_from
-from submission.errors import InputFileError, UsageError, cannot_write
+from submission.errors import InputFileError, UsageError
+from submission.machine.disk import write_whole
 from submission.tasks import builtin_names
-from submission.tasks.parse import MAX_BYTES, check_file_name, check_size, default_prompt
+from submission.tasks.parse import MAX_BYTES, check_file_name, check_size, default_prompt, read_text
 from tools.reading.image_folder import find_images, mean_and_deviation
 
 # Of ImageNet's training images: photographs of all kinds of things.
@@ -73,21 +74,10 @@ def build_parser() -> Parser:
         type=Path,
         required=True,
         metavar="NAMES.txt",
-        help="UTF-8 text, a class per line, in the order of their labels; empty lines are passed over",
+        help="UTF-8 text: a class per line, in order of labels",
     )
-    add(
-        "--size",
-        type=number_from(1),
-        default=64,
-        metavar="PX",
-        help="height and width of the images in pixels, even, 8 to 1024 (default: 64)",
-    )
-    add(
-        "--images",
-        type=Path,
-        metavar="DIR",
-        help="take mean and deviation from the images below this folder (default: those of ImageNet)",
-    )
+    add("--size", type=number_from(1), default=64, metavar="PX", help="side of the images, even, 8 to 1024")
+    add("--images", type=Path, metavar="DIR", help="whose mean and deviation to take (default: those of ImageNet)")
     return parser
 
 
@@ -119,7 +109,7 @@ def init(options: argparse.Namespace) -> None:
             f"{options.classes}: {len(names):,} names make a task of {len(text.encode()) / 2**20:.1f} MiB, and "
             f"{MAX_BYTES >> 20} MiB are the most: give fewer or shorter ones"
         )
-    write_new(file, text)
+    write_whole(file, text.encode())
     print(f"{file}: {len(names):,} classes at {options.size} px, mean and deviation {source}")
     print(f"look through its prompts, and then: ./run.sh {file}")
 
@@ -130,6 +120,8 @@ def check_target(file: Path) -> None:
         raise UsageError(f"{file}: a task's file ends in .toml: name it {file.name}.toml")
     if complaint := check_file_name(file.stem):
         raise UsageError(f"{file}: its name less .toml, {file.stem!r}, becomes the task's name, and that {complaint}")
+    if os.access(file, os.F_OK):
+        raise UsageError(f"{file} is there already: remove it, or name another")
     if file.stem in builtin_names():
         raise UsageError(f"{file}: {file.stem} is the name of a task that comes along: choose another")
 
@@ -139,7 +131,7 @@ def read_names(path: Path) -> list[str]:
     names: list[str] = []
     lines: dict[str, int] = {}
     # Lines as editors count them; str.splitlines knows of many more ends.
-    for number, line in enumerate(re.split(r"\r\n|\n|\r", _text(path)), 1):
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", read_text(path, InputFileError)), 1):
         name = line.strip()
         if not name:
             continue
@@ -158,12 +150,17 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
+def _toml(text: str) -> str:
+    """As a TOML string, whose form JSON's is for what is printable."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def task_text(
     name: str, names: Sequence[str], size: int, mean: Sequence[float], std: Sequence[float], source: str
 ) -> str:
     """The TOML of a task: `load_task` reads these names back. `source` says whose mean and deviation these are."""
     classes = [
-        f'  {{ index = {index}, name = {_quoted(one)}, kind = "thing", described = {_quoted(default_prompt(one))} }},'
+        f'  {{ index = {index}, name = {_toml(one)}, kind = "thing", described = {_toml(default_prompt(one))} }},'
         for index, one in enumerate(names)
     ]
     return TEMPLATE.format(
@@ -174,40 +171,8 @@ def task_text(
         std=list(std),
         source=source,
         classes="\n".join(classes),
-        phrasings="\n".join(f"  {_quoted(phrasing)}," for phrasing in PHRASINGS),
+        phrasings="\n".join(f"  {_toml(phrasing)}," for phrasing in PHRASINGS),
     )
-
-
-def write_new(file: Path, text: str) -> None:
-    """Writes a file that is not there yet, whole or not at all. Raises UsageError, OutputError."""
-    try:
-        with file.open("x", encoding="utf-8") as stream:
-            try:
-                stream.write(text)
-                stream.flush()
-            except OSError:
-                with suppress(OSError):
-                    file.unlink()
-                raise
-    except FileExistsError as error:
-        raise UsageError(f"{file} is there already: remove it, or name another") from error
-    except OSError as error:
-        raise cannot_write(file, error, len(text.encode())) from error
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():  # a pipe or a device would never end
-        raise InputFileError(f"{path}: {'not a file' if path.exists() else 'there is no such file'}")
-    if (size := path.stat().st_size) > MAX_BYTES:
-        raise InputFileError(f"{path}: {size / 2**20:.1f} MiB is too much for class names")
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")  # some editors put a byte order mark first
-    except UnicodeDecodeError as error:
-        line = len(re.findall(rb"\r\n|\n|\r", data[: error.start])) + 1
-        raise InputFileError(
-            f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); save the file as UTF-8"
-        ) from error
 
 
 def _complaint(name: str) -> str | None:
@@ -223,10 +188,5 @@ def _complaint(name: str) -> str | None:
     return None
 
 
-def _quoted(text: str) -> str:
-    """As a TOML string. All of it is printable."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,8 +26,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from submission.arguments import Parser, exit_code_of, number_from
 from submission.errors import OutputError, UsageError
 from submission.model.checkpoint import WEIGHTS
-from submission.tasks import PromptStyle, builtin_names, load_task
+from submission.tasks import builtin_names, load_task
 from tools.training.layout import build_tokenizer
+from tools.training.prompts import all_prompts
 
 CONFIGS = Path(__file__).parent / "sdxl_turbo"
 # What `small` changes: widths, and depths of what is deep.
@@ -51,10 +51,9 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "vae": {"block_out_channels": [32, 32, 64, 64]},
 }
-PROMPT_STYLES: tuple[PromptStyle, ...] = ("label", "described", "diverse")
 # Standard deviation of embeddings, as CLIP's are initialised.
 EMBEDDING_STD = 0.02
-BYTES_A_WEIGHT = 2  # fp16
+BYTES_PER_WEIGHT = 2  # fp16
 
 
 def build_parser() -> Parser:
@@ -67,13 +66,8 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="a new folder")
-    add(
-        "--size",
-        choices=("full", "small"),
-        default="full",
-        help="full: as large as SDXL-Turbo, 7 GB; small: a few MB (default: full)",
-    )
-    add("--seed", type=number_from(0), default=0, metavar="N", help="of the weights (default: 0)")
+    add("--size", choices=("full", "small"), default="full", help="full: as large as SDXL-Turbo, 7 GB; small: a few MB")
+    add("--seed", type=number_from(0), default=0, metavar="N", help="of the weights")
     return parser
 
 
@@ -94,7 +88,7 @@ def make_checkpoint(folder: Path, size: str, seed: int) -> None:
     networks = {component: on_paper(component, configs[Path(component) / "config.json"]) for component in WEIGHTS}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        need = BYTES_A_WEIGHT * sum(p.numel() for network in networks.values() for p in network.state_dict().values())
+        need = BYTES_PER_WEIGHT * sum(p.numel() for network in networks.values() for p in network.state_dict().values())
         if (free := shutil.disk_usage(folder).free) < need:
             raise OutputError(f"{folder}: the weights take {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free")
         for file, config in configs.items():
@@ -140,13 +134,7 @@ def _random_weights(network: torch.nn.Module, seed: tuple[int, int]) -> dict[str
 def _write_tokenizers(folder: Path, config: dict[str, Any]) -> None:
     """Tokenizers with merges learnt from the tasks' prompts: CLIP's are not ours to hand on, and nothing depends on
     which number a token has."""
-    prompts = [
-        prompt
-        for task in map(load_task, builtin_names())
-        for style in PROMPT_STYLES
-        for phrasing in task.prompts(style)
-        for prompt in phrasing
-    ]
+    prompts = all_prompts([load_task(name) for name in builtin_names()])
     tokenizer = build_tokenizer(prompts, config["vocab_size"])
     tokenizer.model_max_length = config["max_position_embeddings"]
     for part in ("tokenizer", "tokenizer_2"):
@@ -154,4 +142,4 @@ def _write_tokenizers(folder: Path, config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -25,8 +25,6 @@ from submission.tasks import Task, load_task
 from tools.scoring.findings import audit
 
 RUN = Path(__file__).resolve().parents[1] / "run.sh"
-# What a harness outside does not set.
-NOT_INHERITED = ("BANKO_STARTED_AT",)
 
 
 @dataclass(frozen=True)
@@ -49,23 +47,18 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add("task", metavar="TASK", help="the job's: a built-in one, or the path of a task's .toml")
-    add(
-        "--limit",
-        default="600",
-        metavar="TIME",
-        help="when the job is killed, and its --budget, in seconds or minutes: 600, 90s or 10m (default: 600)",
-    )
-    add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="gets the job's files (default: outputs/)")
+    add("--limit", default="600", metavar="TIME", help="when the job is killed, and its --budget: 600, 90s or 10m")
+    add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="gets the job's files")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     options, passed_on = build_parser().parse_known_args(arguments)
-    return exit_code_of(lambda: _report(options, passed_on))
+    return exit_code_of(lambda: _judge(options, passed_on))
 
 
-def _report(options: argparse.Namespace, passed_on: Sequence[str]) -> int:
+def _judge(options: argparse.Namespace, passed_on: Sequence[str]) -> int:
     limit, task = parse_seconds(options.limit, "--limit"), load_task(options.task)
     result = rehearse(options.task, task, limit, options.output, passed_on)
     # A file that is whole may still hold less than was made: the job's own warnings say so.
@@ -87,7 +80,8 @@ def _report(options: argparse.Namespace, passed_on: Sequence[str]) -> int:
 def rehearse(name: str, task: Task, limit: float, output: Path, options: Sequence[str]) -> Rehearsal:
     """Runs the job with `options` and a budget of `limit` seconds, and looks at what it leaves in `output`."""
     command = [str(RUN), name, "--budget", f"{limit:g}s", "--output", str(output), *options]
-    environment = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
+    environment = dict(os.environ)
+    environment.pop("BANKO_STARTED_AT", None)  # which a harness outside does not set
     environment.setdefault("BANKO_PYTHON", sys.executable)
     code: int | None = None
     seconds: float | None = None
@@ -121,4 +115,4 @@ def rehearse(name: str, task: Task, limit: float, output: Path, options: Sequenc
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -6,7 +6,6 @@ All that it shows is in the manifest and in the `.pt` beside it.
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from submission.arguments import Parser, exit_code_of
 from submission.errors import InputFileError
 from submission.machine.disk import write_whole
 from submission.report.page import render
-from submission.tasks import builtin_names, load_task
+from submission.tasks import load_task
 from tools.reading.manifests import check_it_describes, read_json, read_manifest
 from tools.reading.tensor_files import read_submission
 
@@ -29,11 +28,7 @@ def build_parser() -> Parser:
     )
     add = parser.add_argument
     add("manifest", type=Path, metavar="NAME.json", help="what the job left beside NAME.pt")
-    add(
-        "--task",
-        metavar="TASK",
-        help=f"{', '.join(builtin_names())}, or a task's .toml (default: the one that the manifest names)",
-    )
+    add("--task", metavar="TASK", help="a name, or a task's .toml (default: the one that the manifest names)")
     add("--results", type=Path, metavar="PATH", help="results.json of evaluate, to be shown as well (default: none)")
     add("--page", type=Path, metavar="PATH", help="the page (default: NAME.html, beside the manifest)")
     return parser
@@ -42,10 +37,10 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     options = build_parser().parse_args(arguments)
-    return exit_code_of(lambda: _report(options))
+    return exit_code_of(lambda: _make_page(options))
 
 
-def _report(options: argparse.Namespace) -> None:
+def _make_page(options: argparse.Namespace) -> None:
     """Raises UsageError, InputFileError, OutputError."""
     manifest = read_manifest(options.manifest)
     task = load_task(options.task or manifest["task"])
@@ -60,4 +55,4 @@ def _report(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -12,29 +12,26 @@ in many: first where the teacher leads from each noise, then samples that are as
 resumed or not; a GPU adds up in another order each time.
 """
 
+import argparse
 import copy
 import json
 import logging
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
+from torchvision.utils import save_image
 from transformers import PreTrainedModel
 
-from submission.arguments import Parser, add_device, exit_code_of
-from submission.errors import InputFileError, OutputError, UsageError
+from submission.arguments import Parser, add_device, exit_code_of, number_from
+from submission.errors import InputFileError, OutputError
 from submission.machine.device import choose_device
+from submission.machine.memory import keep_freed_memory
 from submission.tasks import Task, load_task
 from tools.reading.training_data import SOURCES, load_training_images
-from tools.scoring.training import keep_freed_memory
 from tools.training import diffusion, distil, vae
 from tools.training.critic import STEPS, Critic, load_critic, train_critic
 from tools.training.diffusion import Teacher, noise_schedule, train_diffusion
@@ -52,7 +49,7 @@ from tools.training.layout import (
     token_ids,
 )
 from tools.training.progress import Progress, begin_stage, save_whole, start
-from tools.training.prompts import STYLE_SHARES, Prompts, encode_prompts, prompts_of
+from tools.training.prompts import Prompts, all_prompts, encode_prompts, prompts_of
 
 TASKS = ("cifar100", "tinyimagenet")
 STAGES = ("vae", "diffusion", "distil", "match")
@@ -60,24 +57,11 @@ SHRUNK_AT_ONCE = 2048  # images
 SHEET_CLASSES, SHEET_IMAGES = 10, 8
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the command line asks for: optimiser `steps` by stage, of which the state is saved after `save_every`."""
-
-    data: Path
-    output: Path
-    seed: int
-    steps: Mapping[str, int]
-    save_every: int
-    resume: bool
-    device: str
-    threads: int
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
-    return exit_code_of(lambda: run(parse(argv)))
+    options = build_parser().parse_args(argv)
+    return exit_code_of(lambda: run(options))
 
 
 def build_parser() -> Parser:
@@ -91,7 +75,7 @@ def build_parser() -> Parser:
     add = parser.add_argument
     add("--data", type=Path, required=True, metavar="DIR", help="real images: cifar100/train, tinyimagenet/*.zip")
     add("--output", type=Path, required=True, metavar="DIR", help="gets checkpoint, log, state and sample sheets")
-    add("--seed", type=int, default=0, metavar="N", help="of all that is random (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of all that is random")
     for name, steps, of_what in (
         ("--vae-steps", 5000, f"optimiser steps of {vae.BATCH} images for the VAE"),
         ("--diffusion-steps", 6500, f"those of {diffusion.BATCH} latents for teacher and text encoders"),
@@ -99,30 +83,14 @@ def build_parser() -> Parser:
         ("--match-steps", 600, f"those of {distil.MATCH_BATCH} for the student, as likely as the teacher's"),
         ("--save-every", 500, "steps between saves of the state, and of sample sheets once there is a student"),
     ):
-        add(name, type=int, default=steps, metavar="N", help=f"{of_what} (default: {steps})")
+        add(name, type=number_from(1), default=steps, metavar="N", help=f"{of_what} (default: {steps})")
     add("--resume", action="store_true", help="go on from OUTPUT/state.pt where there is one")
     add_device(parser)
-    add(
-        "--threads",
-        type=int,
-        default=2,
-        metavar="N",
-        help="CPU threads; part of what makes a run repeatable (default: 2)",
-    )
+    add("--threads", type=number_from(1), default=2, metavar="N", help="CPU threads, on which results depend")
     return parser
 
 
-def parse(argv: list[str] | None) -> Options:
-    """Raises UsageError."""
-    options = vars(build_parser().parse_args(argv))
-    for name in (*(f"{stage}_steps" for stage in STAGES), "save_every", "threads"):
-        if options[name] < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1")
-    steps = {stage: options.pop(f"{stage}_steps") for stage in STAGES}
-    return Options(steps=steps, **options)
-
-
-def run(options: Options) -> None:
+def run(options: argparse.Namespace) -> None:
     """Raises InputFileError for the data, OutputError for the folder."""
     try:
         train(options)
@@ -133,7 +101,7 @@ def run(options: Options) -> None:
         ) from error
 
 
-def train(options: Options) -> None:
+def train(options: argparse.Namespace) -> None:
     """All stages, or what is left of them. Raises InputFileError for the data; OutputError, OSError for the folder."""
     keep_freed_memory()
     device = choose_device(options.device)
@@ -153,18 +121,18 @@ def train(options: Options) -> None:
         options.save_every,
         trained,
         torch.Generator(device).manual_seed(options.seed),
-        {"device": device.type, "seed": options.seed, **options.steps},
+        {"device": device.type, "seed": options.seed, **steps_of(options)},
     )
     start(progress, resume=options.resume)
     images = real_images(options.data, tasks, device)
     if progress.stage == "vae":
-        vae.train_vae(networks, critic_of(options, images), progress, images, options.steps["vae"])
+        vae.train_vae(networks, critic_of(options, images), progress, images, options.vae_steps)
         begin_stage(progress, "diffusion")
     prompts = prompts_of(networks, tasks, images.counts)
     if progress.stage == "diffusion":
         # Mirrored too: a class is as likely to be seen so.
         both = torch.cat([vae.encode_images(networks.vae, p) for p in (images.pixels, images.pixels.flip(-1))])
-        train_diffusion(networks, unet, progress, prompts, both, images.labels.repeat(2), options.steps["diffusion"])
+        train_diffusion(networks, unet, progress, prompts, both, images.labels.repeat(2), options.diffusion_steps)
         for follower in (networks.unet, rival):
             follower.load_state_dict(unet.state_dict())
         begin_stage(progress, "distil")
@@ -172,29 +140,27 @@ def train(options: Options) -> None:
     on_save = partial(draw_samples, options, networks, tasks)
     if progress.stage == "distil":
         pairs = pairs_of(options, teacher, prompts, device)
-        train_distil(networks, progress, teacher.encoded, pairs, options.steps["distil"], on_save)
+        train_distil(networks, progress, teacher.encoded, pairs, options.distil_steps, on_save)
         begin_stage(progress, "match")
-    train_match(networks, teacher, rival, progress, prompts, options.steps["match"], on_save)
+    train_match(networks, teacher, rival, progress, prompts, options.match_steps, on_save)
     write_checkpoint(options, networks, progress)
 
 
-def all_prompts(tasks: list[Task]) -> list[str]:
-    """What the tokenizer learns its words from."""
-    return [
-        prompt for task in tasks for style in STYLE_SHARES for phrasing in task.prompts(style) for prompt in phrasing
-    ]
+def steps_of(options: argparse.Namespace) -> dict[str, int]:
+    """Optimiser steps of each stage."""
+    return {stage: getattr(options, f"{stage}_steps") for stage in STAGES}
 
 
 def real_images(data: Path, tasks: list[Task], device: torch.device) -> RealImages:
     """Every training image of the tasks, CANVAS px wide. Raises InputFileError."""
     pixels, counts = [], []
     for task in tasks:
-        images = load_training_images(data, task.name, task.size)
-        counts.append(images.labels.bincount(minlength=len(task.classes)))
+        images, labels = load_training_images(data, task.name, task.size)
+        counts.append(labels.bincount(minlength=len(task.classes)))
         if not counts[-1].all():
             raise InputFileError(f"{task.name}: class {counts[-1].argmin()} has no images")
-        order = images.labels.argsort(stable=True)
-        pixels += [shrunk(images.pixels[part]) for part in torch.split(order, SHRUNK_AT_ONCE)]
+        order = labels.argsort(stable=True)
+        pixels += [shrunk(images[part]) for part in torch.split(order, SHRUNK_AT_ONCE)]
     return RealImages(torch.cat(pixels).to(device), torch.cat(counts).to(device))
 
 
@@ -205,7 +171,7 @@ def shrunk(pixels: Tensor) -> Tensor:
     return F.interpolate(pixels, size=(CANVAS, CANVAS), mode="bilinear", antialias=True)
 
 
-def critic_of(options: Options, images: RealImages) -> Critic:
+def critic_of(options: argparse.Namespace, images: RealImages) -> Critic:
     """The critic; the output keeps it for a resumed run."""
     kept = options.output / "critic.pt"
     if not kept.exists():
@@ -213,7 +179,7 @@ def critic_of(options: Options, images: RealImages) -> Critic:
     return load_critic(torch.load(kept, weights_only=True), images.pixels.device)
 
 
-def pairs_of(options: Options, teacher: Teacher, prompts: Prompts, device: torch.device) -> Pairs:
+def pairs_of(options: argparse.Namespace, teacher: Teacher, prompts: Prompts, device: torch.device) -> Pairs:
     """What the teacher makes of noise; the output keeps it for a resumed run."""
     kept = options.output / "pairs.pt"
     if not kept.exists():
@@ -223,23 +189,21 @@ def pairs_of(options: Options, teacher: Teacher, prompts: Prompts, device: torch
 
 
 @torch.no_grad()
-def draw_samples(options: Options, networks: Networks, tasks: list[Task]) -> None:
-    """A sheet a task, `OUTPUT/samples_TASK.png`: classes down, samples of the described prompt across."""
+def draw_samples(options: argparse.Namespace, networks: Networks, tasks: list[Task]) -> None:
+    """A sheet per task, `OUTPUT/samples_TASK.png`: classes down, samples of the described prompt across."""
     device = networks.unet.device
     for task in tasks:
         prompts = [c.described for c in task.classes][:: len(task.classes) // SHEET_CLASSES]
-        shape = (len(prompts), SHEET_IMAGES)
         conditioning = encode(networks, token_ids(networks, prompts).to(device))
         rows = torch.arange(len(prompts), device=device).repeat_interleave(SHEET_IMAGES)
         noise = torch.randn(len(rows), *LATENT_SHAPE, generator=torch.Generator().manual_seed(options.seed))
         latents = one_step_latents(networks, noise.to(device), conditioning.of(rows))
         pixels = vae.decode_latents(networks.vae, latents).cpu()
-        tiles = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().view(*shape, 3, CANVAS, CANVAS)
-        sheet = tiles.permute(0, 3, 1, 4, 2).reshape(-1, SHEET_IMAGES * CANVAS, 3).numpy()
-        Image.fromarray(np.ascontiguousarray(sheet)).save(options.output / f"samples_{task.name}.png")
+        sheet = options.output / f"samples_{task.name}.png"
+        save_image(pixels, sheet, nrow=SHEET_IMAGES, padding=0, normalize=True, value_range=(-1, 1))
 
 
-def write_checkpoint(options: Options, networks: Networks, progress: Progress) -> None:
+def write_checkpoint(options: argparse.Namespace, networks: Networks, progress: Progress) -> None:
     """`OUTPUT/checkpoint`: the fp16 checkpoint, and beside it `training.json` and the log."""
     folder = options.output / "checkpoint"
     save_networks(networks, folder)
@@ -249,7 +213,7 @@ def write_checkpoint(options: Options, networks: Networks, progress: Progress) -
         "objective": "VAE: L1 + KL + critic's features; teacher: v-prediction; "
         "student: regression to the teacher's guided samples, then distribution matching",
         "seed": options.seed,
-        "steps": {"critic": STEPS, **options.steps},
+        "steps": {"critic": STEPS, **steps_of(options)},
         "device": torch.cuda.get_device_name() if networks.unet.device.type == "cuda" else "cpu",
         "threads": options.threads,
         "seconds": round(progress.seconds),
@@ -261,4 +225,4 @@ def write_checkpoint(options: Options, networks: Networks, progress: Progress) -
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -84,10 +84,10 @@ class Parameters:
     gamma: Floats  # exponent on 0..1: above 1 darkens
 
 
-def augment(images: Tensor, identities: NDArray[np.int64], seed: int, style: PdaStyle) -> Tensor:
+def augment(images: Tensor, keys: NDArray[np.int64], seed: int, style: PdaStyle) -> Tensor:
     """One augmented copy of each image.
 
-    images: uint8 [N, 3, H, W] with H, W >= 2. identities: int64 [N, 3], rows of (class, round, copy). seed: >= 0.
+    images: uint8 [N, 3, H, W] with H, W >= 2. keys: int64 [N, 3], rows of (class, round, copy). seed: >= 0.
     Returns float32 [N, 3, H, W] in 0..1, on the device of `images`.
 
     Calls of a few hundred images are fastest, because the memory of the result is then reused.
@@ -95,15 +95,15 @@ def augment(images: Tensor, identities: NDArray[np.int64], seed: int, style: Pda
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 2:
         raise ValueError(f"images must be uint8 [N, 3, H, W], not {images.dtype} {list(images.shape)}")
-    if identities.shape != (len(images), 3):
-        raise ValueError(f"identities must have shape [{len(images)}, 3], not {list(identities.shape)}")
-    return apply(images, draw(identities, seed, style))
+    if keys.shape != (len(images), 3):
+        raise ValueError(f"keys must have shape [{len(images)}, 3], not {list(keys.shape)}")
+    return apply(images, draw(keys, seed, style))
 
 
-def random_words(identities: NDArray[np.int64], seed: int, domain: int, count: int) -> NDArray[np.uint64]:
-    """`count` random 64-bit words for each row of `identities`, a function of (seed, domain, row) alone.
+def random_words(keys: NDArray[np.int64], seed: int, domain: int, count: int) -> NDArray[np.uint64]:
+    """`count` random 64-bit words for each row of `keys`, a function of (seed, domain, row) alone.
 
-    identities: integers [N, K]. seed, domain: >= 0; domain separates uses of one seed. Returns uint64 [N, count]; a
+    keys: integers [N, K]. seed, domain: >= 0; domain separates uses of one seed. Returns uint64 [N, count]; a
     longer draw extends a shorter one.
 
     SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014) used as a tree:
@@ -112,7 +112,7 @@ def random_words(identities: NDArray[np.int64], seed: int, domain: int, count: i
     leaf its row leads to. A SeedSequence for each row would cost nearly as much as the copy itself.
     """
     state = np.random.SeedSequence((seed, domain)).generate_state(1, np.uint64).astype(np.uint64)
-    for column in identities.T:
+    for column in keys.T:
         state = _splitmix64(state, column.astype(np.uint64))
     return _splitmix64(state[:, None], np.arange(count, dtype=np.uint64))
 
@@ -126,9 +126,9 @@ def _splitmix64(state: NDArray[np.uint64], index: NDArray[np.uint64]) -> NDArray
     return mixed
 
 
-def draw(identities: NDArray[np.int64], seed: int, style: PdaStyle) -> Parameters:
-    """The random parameters of N copies. identities: int64 [N, 3], rows of (class, round, copy). seed: >= 0."""
-    words = random_words(identities, seed, PDA_DOMAIN, 9)
+def draw(keys: NDArray[np.int64], seed: int, style: PdaStyle) -> Parameters:
+    """The random parameters of N copies. keys: int64 [N, 3], rows of (class, round, copy). seed: >= 0."""
+    words = random_words(keys, seed, PDA_DOMAIN, 9)
     uniform = (words >> np.uint64(11)).astype(np.float64).T * 2.0**-53  # the upper 53 bits: every value is below 1
     match style:
         case "paper":
@@ -136,24 +136,14 @@ def draw(identities: NDArray[np.int64], seed: int, style: PdaStyle) -> Parameter
         case "natural":
             return _draw_natural(uniform)
         case "none":
-            return unchanged(len(identities))
+            return unchanged(len(keys))
 
 
 def unchanged(count: int) -> Parameters:
     """Parameters that leave `count` images as they are."""
-    ones, zeros = np.ones(count), np.zeros(count)
-    return Parameters(
-        gain=ones,
-        saturation=ones,
-        offset=zeros,
-        flip_x=ones,
-        flip_y=ones,
-        angle=zeros,
-        side=ones,
-        shift_x=zeros,
-        shift_y=zeros,
-        gamma=ones,
-    )
+    ones = dict.fromkeys(("gain", "saturation", "flip_x", "flip_y", "side", "gamma"), np.ones(count))
+    zeros = dict.fromkeys(("offset", "angle", "shift_x", "shift_y"), np.zeros(count))
+    return Parameters(**ones, **zeros)
 
 
 def _draw_paper(uniform: Floats) -> Parameters:

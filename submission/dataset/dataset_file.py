@@ -31,7 +31,7 @@ from submission.machine.disk import unfinished
 from submission.tasks import Task
 
 # Pixels held as floats at a time while writing or verifying: 12 MB, whatever the size of the file.
-PIXELS_A_CHUNK = 1 << 20
+PIXELS_PER_CHUNK = 1 << 20
 # Chunks made at the same time at most: each takes some 50 MB on the way, and one disk takes no more.
 MOST_WORKERS = 8
 # The part of the time that goes into reading the file back: progress is told in one fraction for both.
@@ -64,21 +64,24 @@ def write_dataset(
     check: Callable[[float], None] = lambda _: None,
     *,
     placing: AbstractContextManager[object] | None = None,
-    alone: bool = True,
+    all_cores: bool = True,
 ) -> float:
     """Writes `path` from `rounds` [R, classes, 3, H, W] and puts it in place whole, checked, or not at all.
 
     Class by class: the R generated images in round order, then copies, the first copy of every image before the second
     of any: at place j of a class stands image `j % R`, copy `j // R` (0 is the image itself). `check` is told often
     what fraction is done, and may raise AbandonedError to give up. `placing` is held while the file is put in place.
-    With `alone` all cores are used, without it only the calling thread. Returns the seconds spent waiting for the
+    With `all_cores` they are all used, without it only the calling thread. Returns the seconds spent waiting for the
     disk. Raises OutputError.
     """
     task = spec.task
     scratch = unfinished(path)
     shape = (len(task.classes) * spec.ipc, 3, task.size, task.size)
-    chunks = _chunks(rounds, spec)
-    share = (1 - VERIFYING) / -(-shape[0] // _chunk_size(task))
+    step = _chunk_size(task)
+    starts = range(0, shape[0], step)
+    # The file's images in order, as functions that make one chunk each.
+    chunks = (partial(_chunk, rounds, spec, np.arange(start, min(start + step, shape[0]))) for start in starts)
+    share = (1 - VERIFYING) / len(starts)
     # Chunks are made side by side, each on one thread: operations on so few pixels are not worth sharing out, and
     # where other processes compete for the cores, waiting for a share costs a hundred times the work itself.
     workers = min(MOST_WORKERS, torch.get_num_threads())
@@ -93,7 +96,7 @@ def write_dataset(
                 if content is not None:
                     archive.writestr(name, content)
                     continue
-                made = _in_order(pool, workers, chunks) if alone else (make() for make in chunks)
+                made = _in_order(pool, workers, chunks) if all_cores else (make() for make in chunks)
                 with archive.open(_aligned(name, archive), "w", force_zip64=True) as stream:
                     for number, images in enumerate(made):
                         idle = seconds_idle()
@@ -105,7 +108,7 @@ def write_dataset(
             with scratch.open("rb") as file:
                 os.fsync(file.fileno())
             waited += seconds_idle() - idle
-            if alone:
+            if all_cores:
                 pool.submit(verify, scratch, spec, check).result()
             else:
                 verify(scratch, spec, check)
@@ -163,30 +166,24 @@ def mean_and_std(task: Task) -> tuple[Tensor, Tensor]:
     return torch.tensor(task.mean).view(3, 1, 1), torch.tensor(task.std).view(3, 1, 1)
 
 
-def _chunks(rounds: NDArray[np.uint8] | Rounds, spec: FileSpec) -> Iterator[Callable[[], Tensor]]:
-    """The file's images in order, as functions that make one chunk each, normalised [n, 3, H, W]."""
-    total, step = len(spec.task.classes) * spec.ipc, _chunk_size(spec.task)
-    for start in range(0, total, step):
-        yield partial(_chunk, rounds, spec, np.arange(start, min(start + step, total)))
-
-
 def _chunk(rounds: NDArray[np.uint8] | Rounds, spec: FileSpec, positions: NDArray[np.int64]) -> Tensor:
+    """The images at those positions [n] of the file, normalised [n, 3, H, W]."""
     mean, std = mean_and_std(spec.task)
-    labels, places = np.divmod(positions, spec.ipc)
-    copies, sources = np.divmod(places, len(rounds))
+    labels, within = np.divmod(positions, spec.ipc)
+    copies, sources = np.divmod(within, len(rounds))
     images = torch.from_numpy(rounds[sources, labels])
     pixels = images.float() / 255
     copied = copies > 0
-    identities = np.stack([labels, sources, copies], axis=1)[copied]
-    pixels[copied] = augment(images[copied], identities, spec.seed, spec.pda)
+    keys = np.stack([labels, sources, copies], axis=1)[copied]
+    pixels[copied] = augment(images[copied], keys, spec.seed, spec.pda)
     return ((pixels - mean) / std).to(spec.dtype)
 
 
-def _in_order(pool: Executor, ahead: int, jobs: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
-    """Results of `jobs` in their order, no more than `ahead` of them waiting to be taken."""
+def _in_order(pool: Executor, ahead: int, makers: Iterable[Callable[[], Tensor]]) -> Iterator[Tensor]:
+    """Results of `makers` in their order, no more than `ahead` of them waiting to be taken."""
     running: deque[Future[Tensor]] = deque()
-    for job in jobs:
-        running.append(pool.submit(job))
+    for maker in makers:
+        running.append(pool.submit(maker))
         if len(running) > ahead:
             yield running.popleft().result()
     for future in running:
@@ -194,7 +191,7 @@ def _in_order(pool: Executor, ahead: int, jobs: Iterable[Callable[[], Tensor]]) 
 
 
 def _chunk_size(task: Task) -> int:
-    return max(1, PIXELS_A_CHUNK // task.size**2)
+    return max(1, PIXELS_PER_CHUNK // task.size**2)
 
 
 def _skeleton(scratch: Path, shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, bytes | None]:

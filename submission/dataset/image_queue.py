@@ -15,11 +15,6 @@ class ImageQueue:
         self._next = 0  # counted in images of missing rounds
         self._returned: list[NDArray[np.int64]] = []
 
-    @property
-    def missing(self) -> int:
-        """Rounds that were not there in the beginning."""
-        return len(self._missing)
-
     def take(self, count: int) -> NDArray[np.int64]:
         """The next image numbers, int64 [count] or fewer: those that were given back first."""
         while self._returned:

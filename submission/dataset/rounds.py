@@ -1,4 +1,4 @@
-"""The spool of finished rounds: uint8 on disk, so that memory does not grow with them.
+"""The spool of whole rounds: uint8 on disk, so that memory does not grow with them.
 
 A record is a round's images, its number and a CRC-32 of both: a file of the right length may still hold a torn record,
 after a power cut. Rounds come in the order in which devices finish them.
@@ -47,8 +47,8 @@ class Rounds:
         rounds, labels = index
         images = np.empty((len(rounds), *self.shape[1:]), np.uint8)
         image = math.prod(self.shape[1:])
-        for place, offset in zip(images, (self.offsets[rounds] + labels * image).tolist(), strict=True):
-            if os.preadv(self.descriptor, [place.data], offset) != image:
+        for target, offset in zip(images, (self.offsets[rounds] + labels * image).tolist(), strict=True):
+            if os.preadv(self.descriptor, [target.data], offset) != image:
                 raise OSError(0, "the spool is shorter than it was")
         return images
 
@@ -164,7 +164,7 @@ class Spool:
         return len(numbers)
 
     def append(self, images: NDArray[np.uint8], number: int) -> None:
-        """Adds finished round `number`, [classes, 3, size, size]. Raises OutputError."""
+        """Adds whole round `number`, [classes, 3, size, size]. Raises OutputError."""
         assert images.shape == self.shape and images.dtype == np.uint8
         content, name = np.ascontiguousarray(images).reshape(-1).data, number.to_bytes(NUMBER_BYTES, "little")
         checksum = zlib.crc32(name, zlib.crc32(content)).to_bytes(CHECKSUM_BYTES, "little")
@@ -175,7 +175,10 @@ class Spool:
                     written = os.pwrite(self._descriptor, part, end)
                     part, end = part[written:], end + written  # noqa: PLW2901
         except OSError as error:
-            raise self._full(error.strerror) from error
+            raise OutputError(
+                f"cannot write {self._path} ({error.strerror}): every round needs {_stride(self.shape) / 1e6:.1f} MB "
+                f"there, and {self.count} of them are done; make room and go on with --resume"
+            ) from error
         self._offsets[number], self._end = self._end, end
         self._advance()
 
@@ -198,13 +201,6 @@ class Spool:
     def _advance(self) -> None:
         while self.count in self._offsets:
             self.count += 1
-
-    def _full(self, reason: str | None) -> OutputError:
-        size = _stride(self.shape) / 1e6
-        return OutputError(
-            f"cannot write {self._path} ({reason}): every round needs {size:.1f} MB there, and {self.count} of "
-            "them are done; make room and go on with --resume"
-        )
 
 
 def _stride(shape: tuple[int, int, int, int]) -> int:

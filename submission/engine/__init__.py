@@ -19,8 +19,8 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Placement:
-    """What each of so many `devices` is, `cpu` or `cuda`, and what it shares: it computes on so many `threads` (None:
-    all there are), and so many devices are `sharing` a machine's memory."""
+    """So many `devices` of a `kind`, `cpu` or `cuda`. Each computes on so many CPU `threads` (None: all); `sharing` of
+    them share one machine's memory."""
 
     kind: str
     threads: int | None = None
@@ -110,33 +110,15 @@ class Engine(Protocol):
 
     @property
     def count(self) -> int: ...
-
-    def load(self, load: Load, seconds_left: Callable[[], float]) -> None:
-        """Has all devices load their generators."""
-
-    def ask(self, device: int, numbers: NDArray[np.int64], *, disturbed: bool, compiled: bool) -> None:
-        """Puts a batch of images into a device's hands, `disturbed` by a snapshot that is being written, to be made by
-        networks that are `compiled` or not."""
-
-    def events(self, seconds: float) -> Sequence[Event]:
-        """What has happened, waiting so many seconds for something to. Raises UsageError."""
-
-    def restart(self, device: int) -> bool:
-        """Starts a device anew, whatever has become of it; False where that cannot be."""
-
-    def stop(self, device: int) -> None:
-        """Ends a device; nothing of what it had in hand comes back."""
-
-    def close(self, patience: float = 1.0) -> None:
-        """Ends all that was started, waiting so many seconds for it to be gone: on any thread, and more than once."""
-
-
-def manner(facts: Facts) -> tuple[object, ...]:
-    """What decides pixels, and has to be the same on all devices."""
-    decoder = facts["decoder"]
-    return facts["resolution"], facts["unet_dtype"], decoder["name"], decoder["dtype"], decoder["fitted_to"]
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in a line."""
-    return (str(error).strip() or type(error).__name__).partition("\n")[0]
+    # Has all devices load their generators.
+    def load(self, load: Load, seconds_left: Callable[[], float]) -> None: ...
+    # Puts a batch into a device's hands, `disturbed` by a snapshot, to be made by networks that are `compiled` or not.
+    def ask(self, device: int, numbers: NDArray[np.int64], *, disturbed: bool, compiled: bool) -> None: ...
+    # What has happened, waiting so many seconds for something to. Raises UsageError.
+    def events(self, seconds: float) -> Sequence[Event]: ...
+    # Starts a device anew, whatever has become of it; False where that cannot be.
+    def restart(self, device: int) -> bool: ...
+    # Ends a device; nothing of what it had in hand comes back.
+    def stop(self, device: int) -> None: ...
+    # Ends all that was started, waiting so many seconds for it to be gone: on any thread, and more than once.
+    def close(self, patience: float = 1.0) -> None: ...

@@ -16,26 +16,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from submission.engine import (
-    Event,
-    Facts,
-    Failed,
-    Load,
-    Made,
-    Maker,
-    NoMemoryError,
-    Placement,
-    Ready,
-    first_line,
-    manner,
-)
+from submission.engine import Event, Facts, Failed, Load, Made, Maker, NoMemoryError, Placement, Ready
 from submission.engine.ray_session import RaySession
-from submission.errors import BankoError, UsageError
+from submission.errors import BankoError, UsageError, first_line
 from submission.log import Log
 from submission.plan.budget import start_budget
 
 # Seconds between two looks at whether a cluster has grown.
 CLUSTER_LOOK = 2.0
+
+
+def manner(facts: Facts) -> tuple[object, ...]:
+    """What decides pixels, and has to be the same on all devices."""
+    decoder = facts["decoder"]
+    return facts["resolution"], facts["unet_dtype"], decoder["name"], decoder["dtype"], decoder["fitted_to"]
 
 
 class Actor:
@@ -83,13 +77,13 @@ class Actor:
 
 @dataclass
 class _Member:
-    """An actor, as the driver sees it: its handle, what it has yet to answer, first things first, whether it is still
-    to be started, and how often it has loaded in another manner than the others."""
+    """An actor as the driver sees it: its handle, the answers that it still owes, in order, whether it is to be
+    started, and how often it has loaded unlike the others."""
 
     handle: Any = None
     refs: list[Any] = field(default_factory=list)
     wanted: bool = True
-    loaded: int = 0
+    mismatches: int = 0
 
 
 class Fleet:
@@ -128,8 +122,7 @@ class Fleet:
     def events(self, seconds: float) -> Sequence[Event]:
         if not self._session.connected(seconds):
             return []
-        import ray  # noqa: PLC0415
-
+        ray = self._session.ray
         self._grow()
         for index, member in enumerate(self._members):
             if member.wanted:
@@ -149,11 +142,9 @@ class Fleet:
         return self._members[device].wanted
 
     def stop(self, device: int) -> None:
-        import ray  # noqa: PLC0415
-
         handle, self._members[device] = self._members[device].handle, _Member(wanted=False)
         if handle is not None:
-            ray.kill(handle, no_restart=True)
+            self._session.ray.kill(handle, no_restart=True)
 
     def close(self, patience: float = 1.0) -> None:
         if self._cluster is not None:
@@ -197,11 +188,11 @@ class Fleet:
             self._log.say(f"the cluster has grown: device {self.count} is started")
 
     def _start(self, index: int) -> None:
-        import ray  # noqa: PLC0415
-
         needs = {"num_gpus": 1, "num_cpus": 0} if self.placement.kind == "cuda" else {"num_cpus": 1}
         # Ray restarts nothing; whether that pays, the job decides.
-        actor = ray.remote(Actor).options(**needs, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD")
+        actor = self._session.ray.remote(Actor).options(
+            **needs, max_restarts=0, max_task_retries=0, scheduling_strategy="SPREAD"
+        )
         self._members[index] = _Member(actor.remote(self._load), wanted=False)
         self._ask_to_load(index)
 
@@ -213,8 +204,7 @@ class Fleet:
 
     def _outcome(self, index: int, ref: Any) -> Event | None:
         """What has become of something that a device was asked for; None where it is asked once more."""
-        import ray  # noqa: PLC0415
-
+        ray = self._session.ray
         self._members[index].refs.pop(0)
         try:
             event: Event = ray.get(ref)
@@ -226,8 +216,8 @@ class Fleet:
             if self._like is None:
                 self._like, self._network = event.facts, event.network
             if event.network != self._network or manner(event.facts) != manner(self._like):
-                self._members[index].loaded += 1
-                if self._members[index].loaded > 1:
+                self._members[index].mismatches += 1
+                if self._members[index].mismatches > 1:
                     return Failed(index, UsageError(f"it makes images as {manner(event.facts)}, unlike the others"))
                 self._ask_to_load(index)
                 return None

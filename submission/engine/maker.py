@@ -2,8 +2,7 @@
 
 import platform
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,8 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from submission.engine import Facts, NoMemoryError, Placement, first_line
-from submission.errors import BankoError, CheckpointError, UsageError
+from submission.engine import Facts, NoMemoryError, Placement
+from submission.errors import BankoError, CheckpointError, UsageError, first_line
 from submission.log import Log
 from submission.machine.crowding import Crowding
 from submission.machine.device import choose_device
@@ -46,7 +45,7 @@ class Loading:
 
 @dataclass
 class GeneratorMaker:
-    """A generator, and how its process is doing. Once compiled, it makes batches of the size `compiled` alone; where
+    """A generator, and how its process is doing. Once compiled, it makes batches of `compiled_size` alone; where
     compiling has failed, it `refuses` to be."""
 
     generator: Generator
@@ -54,7 +53,7 @@ class GeneratorMaker:
     log: Log
     memory: WorkingMemory
     crowding: Crowding
-    compiled: int = 0
+    compiled_size: int = 0
     refuses: bool = False
 
     @property
@@ -74,7 +73,7 @@ class GeneratorMaker:
                 "fidelity_db": dict(generator.decoder.fidelity),
                 "fitted_to": generator.decoder.fitted_to,
             },
-            "compiled": bool(self.compiled),
+            "compiled": bool(self.compiled_size),
             "images_regenerated": generator.regenerated,
             "peak_memory_bytes": self.memory.peak,
         }
@@ -84,7 +83,7 @@ class GeneratorMaker:
         self, numbers: NDArray[np.int64], *, disturbed: bool, compiled: bool
     ) -> tuple[NDArray[np.uint8], bool, float]:
         compiled = compiled and not self.refuses
-        if compiled != bool(self.compiled):
+        if compiled != bool(self.compiled_size):
             self._compile(len(numbers) if compiled else 0)
         try:
             images = self._images(numbers)
@@ -101,12 +100,12 @@ class GeneratorMaker:
     def _images(self, numbers: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Those images. Where they cannot be made by compiled code, it is said, and they are made without."""
         # Another size would be compiled anew: a smaller batch is filled up.
-        filled = np.append(numbers, np.repeat(numbers[-1:], max(0, self.compiled - len(numbers))))
+        filled = np.append(numbers, np.repeat(numbers[-1:], max(0, self.compiled_size - len(numbers))))
         try:
             images: NDArray[np.uint8] = self.generator.images(filled, self.log).numpy()
         except Exception as error:
             # Of many classes: the compiler's, and of what tunes kernels when they first run.
-            if not self.compiled or out_of_memory(error) or isinstance(error, BankoError):
+            if not self.compiled_size or out_of_memory(error) or isinstance(error, BankoError):
                 raise
             self._refuse()
             self.log.warn(f"torch cannot compile the model here ({first_line(error)}): it runs as it is")
@@ -114,13 +113,13 @@ class GeneratorMaker:
         return images[: len(numbers)]
 
     def _refuse(self) -> None:
-        if self.compiled:
+        if self.compiled_size:
             self._compile(0)
             self.refuses = True
 
     def _compile(self, batch: int) -> None:
         """Has the networks compiled for batches of that size or, with 0, computed as they are."""
-        generator, self.compiled = self.generator, batch
+        generator, self.compiled_size = self.generator, batch
         if not batch:
             pipeline.undo_compilation(generator.sampler.unet)
             pipeline.undo_compilation(generator.vae)
@@ -146,7 +145,7 @@ def load_maker(
         torch.cuda.empty_cache()  # of what it has loaded before, which would count as taken
     dtype = getattr(torch, like["unet_dtype"].removeprefix("torch.")) if like else pipeline.choose_dtype(device)
     chosen, network = (like["decoder"], network) if like else (loading.decoder, loading.network)
-    with lack_of_memory_said(image.resolution):
+    try:
         room = room_for_projections(image, checkpoint, device, dtype, placement.sharing, log)
         generator = load_generator(image, checkpoint, device, log, dtype=dtype, project_prompts=room)
         with log.phase("choose decoder"):
@@ -167,6 +166,11 @@ def load_maker(
                     devices=placement.devices,
                     log=log,
                 )
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        wish = f" at {image.resolution} px" if image.resolution else ""
+        raise UsageError(f"no memory for the model and its first images{wish}: lower --resolution") from error
     return GeneratorMaker(generator, device, log, WorkingMemory.watch(), Crowding())
 
 
@@ -186,18 +190,6 @@ def load_elsewhere(
     if label != loading.label:
         raise CheckpointError(f"{path} holds another checkpoint there: copy the one of the driver's machine")
     return load_maker(replace(loading, checkpoint=checkpoint), seconds_left, like, network, log)
-
-
-@contextmanager
-def lack_of_memory_said(resolution: int | None) -> Iterator[None]:
-    """Raises UsageError where the model does not fit into memory."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        wish = f" at {resolution} px" if resolution else ""
-        raise UsageError(f"no memory for the model and its first images{wish}: lower --resolution") from error
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -18,8 +18,7 @@ from typing import Any
 
 import psutil
 
-from submission.engine import first_line
-from submission.errors import UsageError
+from submission.errors import UsageError, first_line
 from submission.log import Log
 
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -50,6 +49,7 @@ class RaySession:
         self._cluster, self._log, self._began = cluster, log, log.budget.elapsed
         self._cpus, self._gpus = count, count if kind == "cuda" else 0
         self._folder: Path | None = None
+        self.ray: Any = None  # the library, once it is there
         self._heart: list[psutil.Process] = []
         self._watch: subprocess.Popen[bytes] | None = None
         self._before = {child.pid for child in psutil.Process().children(recursive=True)}
@@ -72,10 +72,7 @@ class RaySession:
 
     def nodes(self) -> list[dict[str, Any]]:
         """What each node of the cluster has to offer, by the name of the resource."""
-        import ray  # noqa: PLC0415
-
-        every: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
-        return [node["Resources"] for node in every if node["Alive"]]
+        return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
 
     def close(self, patience: float) -> None:
         """Ends all that was started here, waiting so many seconds for it to be gone: on any thread, more than once."""
@@ -109,6 +106,7 @@ class RaySession:
         try:
             import ray  # noqa: PLC0415
 
+            self.ray = ray
             logging.getLogger("ray").setLevel(logging.ERROR)
             # It would print a paragraph for everyone who dies; the job has a line for that.
             ray._private.worker.print_to_stdstream = lambda *_, **__: None
@@ -128,14 +126,12 @@ class RaySession:
         self._closed.wait()
 
     def _start_ray(self) -> None:
-        import ray  # noqa: PLC0415
-
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._folder = Path(tempfile.mkdtemp(prefix="banko-ray-"))
         watch = ["/bin/sh", "-c", WATCH, "watch", str(self._folder)]
         self._watch = subprocess.Popen(watch, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        ray.init(
+        self.ray.init(
             address="local",
             num_cpus=self._cpus,
             num_gpus=self._gpus,
@@ -159,14 +155,11 @@ class RaySession:
         self._heart = [child for child in psutil.Process().children() if child.name() in ("gcs_server", "raylet")]
 
     def _join(self, address: str) -> None:
-        import ray  # noqa: PLC0415
-
         host, _, port = address.rpartition(":")
         if host:  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=CLUSTER_PATIENCE).close()
-        ray.init(
-            address=address,
-            runtime_env={"py_modules": [str(PACKAGE)]},
-            configure_logging=False,
-            log_to_driver=False,
+        self.ray.init(
+            address=address, runtime_env={"py_modules": [str(PACKAGE)]}, configure_logging=False, log_to_driver=False
         )
+        if not self.nodes():
+            raise ConnectionError("it has no nodes")

@@ -21,7 +21,7 @@ HASH_PATIENCE = 0.5
 
 
 class Ending:
-    """What the guard does for a job (`submission.plan.guard.Duties`), and the job's own last step."""
+    """Ends a job: what the guard calls (`submission.plan.guard.Duties`), and the main thread's last step."""
 
     def __init__(
         self, request: JobRequest, engine: Engine, planner: Planner, files: JobFiles, digests: Digests, log: Log
@@ -37,7 +37,6 @@ class Ending:
         return 0 if self._files.plan.in_place else BudgetError.exit_code
 
     def stopped_by(self, number: signal.Signals) -> None:
-        self._planner.budget.hurry()
         if not self._complete:
             rounds = self._files.plan.rounds
             self._log.warn(f"told to stop ({number.name}): finishing the file with {rounds} rounds")
@@ -71,8 +70,8 @@ class Ending:
         self._files.write_manifest()
 
     def conclude(self) -> None:
-        """Devices go, so that cores and memory are the file's; it is finished and described; the spool is of no more
-        use then, unless the job was told to stop and may be resumed.
+        """Ends the devices, so that the file has cores and memory; writes the last file and its manifest; removes the
+        spool, unless the job was told to stop and may be resumed.
 
         Raises BudgetError where there is no time for any file, and OutputError.
         """
@@ -88,9 +87,10 @@ class Ending:
         elif extent.ipc == plan.composition.cap < request.cap:
             log.warn(f"there was no room to write more than IPC {extent.ipc} of the {request.cap} allowed")
         with log.phase("sheet and manifest"):
+            self._files.draw_sheet()
             if self._digests.wait(HASH_PATIENCE) is None:
                 log.warn("the checkpoint's SHA-256 was not ready in time and is missing from the manifest")
-            self._files.describe()
+            self._files.write_manifest()
         copies = f"the rest {request.pda} copies" if extent.rounds < extent.ipc else "no copies"
         log.say(
             f"{request.dataset}: {plan.composition.classes} classes, IPC {extent.ipc} "

@@ -3,22 +3,46 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
+import torch
 
 from submission.dataset.dataset_file import AbandonedError, write_dataset
 from submission.dataset.rounds import Spool
 from submission.errors import OutputError
 from submission.job.snapshots import SnapshotWriter
 from submission.log import Log
-from submission.machine.disk import write_json, write_whole
-from submission.plan.estimates import Extent
+from submission.machine.disk import room, write_json, write_whole
+from submission.plan.estimates import Composition, Extent
 from submission.plan.file_plan import FilePlan
 from submission.report.contact_sheet import MOST_CLASSES, draw_contact_sheet
 from submission.request import JobRequest
 
-# The manifest of a file.
-Describe = Callable[[Extent], Mapping[str, object]]
+# The part of a disk's free space that the job may plan to fill.
+USABLE_ROOM = 0.95
+
+
+def composition_that_fits(request: JobRequest, spool: Spool, log: Log) -> Composition:
+    """What was asked for, with a cap that the disk has room for; says how much of it that takes. Raises OutputError."""
+    wanted, values = request.composition, 3 * request.image.task.size**2
+    # The spool, the file in place and the next one, which replaces it when it is whole.
+    image_bytes = values * (1 + 2 * getattr(torch, request.dtype).itemsize)
+    free = room(request.output) + spool.count * wanted.classes * values
+    fitting = int(USABLE_ROOM * free / (image_bytes * wanted.classes))
+    if fitting < 1:
+        raise OutputError(
+            f"no room in {request.output}: one image per class of {request.image.task.name} takes "
+            f"{image_bytes * wanted.classes / 1e6:,.2f} MB there, and {free / 1e6:,.2f} MB are free: make room, or "
+            "choose another --output"
+        )
+    cap = min(wanted.cap, fitting)
+    bounded = f", all there is room for of the {wanted.cap} allowed" if cap < wanted.cap else ""
+    log.say(
+        f"disk: at most {cap * wanted.classes * image_bytes / 1e9:,.2f} GB in {request.output}, where "
+        f"{free / 1e9:,.2f} GB are free, for IPC {cap}{bounded}"
+    )
+    return replace(wanted, cap=cap)
 
 
 class JobFiles:
@@ -28,9 +52,16 @@ class JobFiles:
     the one in place is written.
     """
 
-    def __init__(self, request: JobRequest, spool: Spool, plan: FilePlan, describe: Describe, log: Log) -> None:
+    def __init__(
+        self,
+        request: JobRequest,
+        spool: Spool,
+        plan: FilePlan,
+        manifest_of: Callable[[Extent], Mapping[str, object]],
+        log: Log,
+    ) -> None:
         self.spool, self.plan = spool, plan
-        self._request, self._describe, self._log = request, describe, log
+        self._request, self._manifest_of, self._log = request, manifest_of, log
         self._writer = SnapshotWriter()
         self._placing = threading.RLock()
         self._sheet_drawn = False
@@ -52,7 +83,7 @@ class JobFiles:
                 self._request.file_spec(extent),
                 extent,
                 self._in_place(extent),
-                self.describe,
+                self._describe,
             )
 
     def write_last(self) -> None:
@@ -75,16 +106,20 @@ class JobFiles:
             except AbandonedError:
                 self._log.warn(f"writing IPC {extent.ipc} would end after the deadline: given up")
 
-    def describe(self) -> None:
-        """Contact sheet and manifest of the file in place. Raises OutputError."""
-        self._draw_sheet()
-        self.write_manifest()
+    def draw_sheet(self) -> None:
+        """The contact sheet, of the first round, once. Raises OutputError."""
+        if not self._sheet_drawn:
+            classes = self._request.image.task.classes[:MOST_CLASSES]
+            images = self.spool.read()[np.zeros(len(classes), np.int64), np.arange(len(classes))]
+            sheet = draw_contact_sheet(images, [c.name for c in classes])
+            write_whole(self._request.dataset.with_suffix(".png"), sheet)
+            self._sheet_drawn = True
 
     def write_manifest(self) -> None:
         """The manifest of the file in place, if there is one. Raises OutputError."""
         with self._placing:
             if (extent := self.plan.in_place) is not None:
-                write_json(self._request.dataset.with_suffix(".json"), self._describe(extent))
+                write_json(self._request.dataset.with_suffix(".json"), self._manifest_of(extent))
 
     def freeze(self) -> None:
         """From here on neither dataset nor manifest changes, but by the calling thread."""
@@ -93,6 +128,11 @@ class JobFiles:
     def abandon(self) -> None:
         """Gives up a snapshot that is being written."""
         self._writer.abandon()
+
+    def _describe(self) -> None:
+        """What lies beside a snapshot that was put in place."""
+        self.draw_sheet()
+        self.write_manifest()
 
     @contextmanager
     def _in_place(self, extent: Extent) -> Iterator[None]:
@@ -120,18 +160,9 @@ class JobFiles:
         if folder.is_dir() and (self.plan.in_place is None or dataset.exists()):
             return
         self._log.warn(f"{dataset if folder.is_dir() else folder} was removed while the job ran: made anew")
-        self.plan.removed()
+        self.plan.placed(None)
         self._sheet_drawn = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot make {folder} again ({error.strerror})") from error
-
-    def _draw_sheet(self) -> None:
-        """The contact sheet, of the first round, once."""
-        if not self._sheet_drawn:
-            classes = self._request.image.task.classes[:MOST_CLASSES]
-            images = self.spool.read()[np.zeros(len(classes), np.int64), np.arange(len(classes))]
-            sheet = draw_contact_sheet(images, [c.name for c in classes])
-            write_whole(self._request.dataset.with_suffix(".png"), sheet)
-            self._sheet_drawn = True

@@ -2,10 +2,11 @@
 
 import gc
 import threading
+from dataclasses import dataclass
 
 from submission.dataset.image_queue import ImageQueue
-from submission.engine import Engine, Event, Failed, Made, NoMemoryError, Ready, first_line
-from submission.errors import BankoError, BudgetError, CheckpointError, UsageError
+from submission.engine import Engine, Event, Failed, Made, NoMemoryError, Ready
+from submission.errors import BankoError, BudgetError, CheckpointError, UsageError, first_line
 from submission.job.files import JobFiles
 from submission.job.history import History
 from submission.log import Log, Status
@@ -19,26 +20,22 @@ WAIT = 0.05
 MOST_RESTARTS = 3
 
 
+@dataclass
 class Generation:
-    """The generating part of a job.
+    """The generating part of a job. `trouble` is what ended the last device that was given up.
 
     The planner is asked before every batch. A file is written after the first round and larger ones as rounds multiply,
     beside generation: from early on a complete one is in place, and what the last one will cost is known.
     """
 
-    def __init__(
-        self,
-        wanted: DeviceRequest,
-        engine: Engine,
-        planner: Planner,
-        queue: ImageQueue,
-        files: JobFiles,
-        history: History,
-        log: Log,
-    ) -> None:
-        self.wanted, self.engine, self.planner, self.queue = wanted, engine, planner, queue
-        self.files, self.history, self.log = files, history, log
-        self.trouble: Exception | None = None  # what ended the last device that was given up
+    wanted: DeviceRequest
+    engine: Engine
+    planner: Planner
+    queue: ImageQueue
+    files: JobFiles
+    history: History
+    log: Log
+    trouble: Exception | None = None
 
     def run(self, stop: threading.Event) -> None:
         """Adds rounds to the spool until the planner says that it is time to write, or it is told to `stop`.
@@ -64,7 +61,7 @@ class Generation:
             self.give_up_waiting()
             self.files.keep_up()
             self.announce()
-        if not planner.files.rounds:
+        if not planner.file_plan.rounds:
             raise self.why_nothing(stop)
 
     def nothing_to_wait_for(self) -> bool:
@@ -85,14 +82,14 @@ class Generation:
                 if not device.ready or len(device.in_hand) != depth or (depth and device.in_hand[0].late_at < now):
                     continue
                 if (size := planner.next_batch(device)) and len(numbers := self.queue.take(size)):
-                    full = len(numbers) == device.speed.batch.current
+                    full = len(numbers) == device.speed.batch_size.current
                     if self.wanted.compiles and self.engine.placement.kind == "cuda" and full:
                         device.consider_compiling(planner.plan().generate)
                     device.give(numbers, now, disturbed=writing)
                     self.engine.ask(index, numbers, disturbed=writing, compiled=device.compilation.on)
 
     def take(self, event: Event) -> None:
-        """What to make of news from a device. Raises CheckpointError, OutputError, and what ends a device alone."""
+        """Handles an event. Raises CheckpointError, OutputError, and what ends a device alone."""
         device = self.planner.devices[event.device]
         match event:
             case Ready():
@@ -119,20 +116,20 @@ class Generation:
         planner, spool, batch = self.planner, self.files.spool, device.in_hand[0]
         new = spool.add(event.images, batch.numbers)
         self.history.made_images(planner.budget.elapsed)
-        device.told(event.facts)
         if not event.grows:
-            device.speed.batch.grow_no_more()
+            device.speed.batch_size.grow_no_more()
         # From the driver's point of view, with the way there and back.
         seconds, expected = planner.budget.elapsed - batch.began, device.speed.expected(len(batch.numbers))
-        if planner.observe(device, seconds, new, spool.count, disturbed=self.files.writing):
+        writing, facts = self.files.writing, event.facts
+        if planner.observe(device, seconds, new, spool.count, disturbed=writing, facts=facts):
             self.log.warn(
                 f"a batch took {seconds:.1f} s where {expected:.1f} s were expected (a stopped process?): new plan"
             )
         if event.crowding is not None:
-            planner.files.cost.crowded(event.crowding)
+            planner.file_plan.cost.crowded(event.crowding)
 
     def pass_on(self, event: Ready | Made) -> None:
-        """Says what a device said: of what all have in common, once."""
+        """Logs a device's messages: each warning once, information from the first device alone."""
         for kind, text in event.said:
             if kind == "warning" and text not in self.log.warnings:
                 self.log.warn(text)
@@ -142,7 +139,7 @@ class Generation:
     def shrink(self, index: int) -> None:
         """A batch did not fit into memory: from now on they are half as large. Raises UsageError for a batch of one."""
         device = self.planner.devices[index]
-        before = device.speed.batch.current
+        before = device.speed.batch_size.current
         numbers = device.out_of_memory(self.planner.budget.elapsed)
         self.queue.give_back(numbers)
         if len(numbers) == 1:
@@ -150,8 +147,8 @@ class Generation:
             if self.engine.alone:
                 raise error
             self.lose(index, error, again=False)
-        elif device.speed.batch.current < before:
-            self.log.warn(f"out of memory: batches of {device.speed.batch.current} from now on")
+        elif device.speed.batch_size.current < before:
+            self.log.warn(f"out of memory: batches of {device.speed.batch_size.current} from now on")
 
     def lose(self, index: int, error: Exception, *, again: bool = True) -> None:
         """A device makes nothing any more: what it had in hand goes to others, and it is started anew where that pays.
@@ -166,9 +163,9 @@ class Generation:
         self.engine.stop(index)
         if self.engine.alone:
             device.lost(again=False)
-            if not planner.files.rounds:
+            if not planner.file_plan.rounds:
                 raise error
-            rounds = planner.files.rounds
+            rounds = planner.file_plan.rounds
             self.log.warn(f"generation failed, the file is finished with {rounds} rounds: {first_line(error)}")
             return
         again = again and device.restarts < MOST_RESTARTS and planner.pays_to_start() and self.engine.restart(index)
@@ -192,7 +189,7 @@ class Generation:
 
     def announce(self) -> None:
         """Shows progress, and says the plan when it is new and whenever it has changed noticeably."""
-        planner, files = self.planner, self.planner.files
+        planner, files = self.planner, self.planner.file_plan
         if not planner.paced:
             return
         plan, composition, pace = planner.plan(), files.composition, planner.images_per_second
@@ -218,7 +215,7 @@ class Generation:
         )
 
     def why_nothing(self, stop: threading.Event) -> BankoError | Exception:
-        """What there is to say where there is no round."""
+        """The error to raise where no round was made."""
         if stop.is_set():
             return BudgetError("stopped before the first round was done: there is nothing to write")
         if not self.gone():

@@ -20,7 +20,7 @@ class History:
     first_image: float | None = None
 
     def made_images(self, elapsed: float) -> None:
-        """There were images at that moment."""
+        """Notes when the first image came."""
         if self.first_image is None:
             self.first_image = elapsed
 
@@ -46,16 +46,19 @@ class History:
                 "images_per_second": round(planner.images_per_second, 2),
                 "generate_seconds": round(plan.generate, 2),
                 "finish_seconds": round(plan.reserve, 2),
-                "crowding": round(planner.files.cost.crowding, 2),
+                "crowding": round(planner.file_plan.cost.crowding, 2),
             }
         )
         return before
 
     def facts(self) -> dict[str, object]:
         """For the manifest."""
-        columns = enumerate(("elapsed", "images", "batch_size"))
+        points = list(self.progress)  # the main thread may be adding to it
         return {
             "first_image_seconds": self.first_image and round(self.first_image, 2),
             "plans": list(self.plans),
-            "progress": {name: [point[column] for point in self.progress] for column, name in columns},
+            "progress": {
+                name: [point[column] for point in points]
+                for column, name in enumerate(("elapsed", "images", "batch_size"))
+            },
         }

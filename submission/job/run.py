@@ -1,6 +1,5 @@
 """The story, top to bottom: a task and a budget go in, a dataset file comes out before the deadline."""
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,10 +17,9 @@ from submission.engine.fleet import Fleet
 from submission.engine.maker import Loading, load_elsewhere, load_maker
 from submission.errors import OutputError
 from submission.job.ending import REPORT_SHARE, Ending, report_seconds
-from submission.job.files import JobFiles
+from submission.job.files import JobFiles, composition_that_fits
 from submission.job.generate import Generation
 from submission.job.history import History
-from submission.job.needs import composition_that_fits
 from submission.log import Log
 from submission.machine.device import choose_devices
 from submission.machine.disk import claimed, remove_unfinished
@@ -32,11 +30,10 @@ from submission.plan.estimates import Composition, Extent, FileCost
 from submission.plan.file_plan import FilePlan
 from submission.plan.guard import Guard
 from submission.plan.planner import Planner
-from submission.report.manifest import Digests, join, machine
+from submission.report.manifest import Digests, machine
 from submission.request import DeviceRequest, JobRequest
 from submission.tasks import builtin_names
 
-PROJECT = Path(__file__).resolve().parents[2]
 # Until a file has been written, its cost is taken to be this: seconds per file, and seconds per colour value of a
 # generated image and of a copy. About what was measured on two CPU cores.
 GUESSED_FIXED, GUESSED_VALUE, GUESSED_COPY = 0.1, 1e-8, 2e-8
@@ -54,8 +51,7 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
     """
     log.add_phase("start and import", 0.0)
     with open_engine(request.devices, log, guard) as engine:
-        kind = engine.placement.kind
-        checkpoint = choose(request.model, cuda=kind == "cuda", environment=os.environ, root=PROJECT)
+        checkpoint = choose(request.model, cuda=engine.placement.kind == "cuda")
         say_what_is_made(request, checkpoint, engine, log)
         with open_spool(request, checkpoint, log) as spool:
             composition = composition_that_fits(request, spool, log)
@@ -66,32 +62,31 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
             queue = ImageQueue(spool, composition.cap)
             file_plan = plan_files(request, composition, budget, engine.seconds_to_close)
             file_plan.grew(spool.count)
-            planner = Planner(file_plan, before=composition.cap - queue.missing)
+            planner = Planner(file_plan, before=sum(number in spool for number in range(composition.cap)))
 
-            def describe(extent: Extent) -> dict[str, object]:
-                """The manifest of a file."""
+            def manifest_of(extent: Extent) -> dict[str, object]:
                 made, seconds = planner.facts(), max(log.timings.get("generate", 0.0), 1e-9)
                 made["images_per_second"] = round(planner.images / seconds, 2)
                 made["peak_memory_bytes"] = max(made["peak_memory_bytes"], peak_memory())
-                return join(
-                    request.facts(),
-                    {"ipc": extent.ipc, "rounds": extent.rounds},
-                    made,
-                    history.facts(),
-                    log.facts(),
-                    digests.facts(),
-                    machine(),
-                )
+                return {
+                    **request.facts(),
+                    "ipc": extent.ipc,
+                    "rounds": extent.rounds,
+                    "resumed_rounds": spool.before,
+                    **made,
+                    **log.facts(),
+                    **digests.facts(),
+                    **machine(),
+                    **history.facts(),  # the longest, last
+                }
 
-            files = JobFiles(request, spool, file_plan, describe, log)
+            files = JobFiles(request, spool, file_plan, manifest_of, log)
             ending = Ending(request, engine, planner, files, digests, log)
             guard.serve(ending)
-            if guard.stop.is_set():
-                budget.hurry()
             try:
                 Generation(request.devices, engine, planner, queue, files, history, log).run(guard.stop)
-                # Whoever has this writes the last file. Where the guard has it, it ends the process, and this waits.
-                guard.finishing.acquire()
+                # Whoever holds this lock writes the last file. If the guard does, it ends the process, and this waits.
+                guard.last_file_lock.acquire()
                 ending.conclude()
             finally:
                 files.abandon()
@@ -177,7 +172,7 @@ def try_writing(request: JobRequest) -> None:
     classes, size = len(request.image.task.classes), request.image.task.size
     noise = np.random.default_rng(0).integers(0, 256, (1, classes, 3, size, size), dtype=np.uint8)
     with suppress(OSError, OutputError), tempfile.TemporaryDirectory(dir=request.output) as folder:
-        write_dataset(Path(folder) / "noise.pt", noise, request.file_spec(Extent(1, 1)), alone=False)
+        write_dataset(Path(folder) / "noise.pt", noise, request.file_spec(Extent(1, 1)), all_cores=False)
 
 
 def plan_files(request: JobRequest, composition: Composition, budget: Budget, to_close: float) -> FilePlan:
@@ -185,5 +180,5 @@ def plan_files(request: JobRequest, composition: Composition, budget: Budget, to
     `to_close` the engine, and time for the report, where that is a small part of the budget."""
     values = 3 * request.image.task.size**2
     cost = FileCost(composition.classes, GUESSED_FIXED, GUESSED_VALUE * values, GUESSED_COPY * values)
-    report = report_seconds(composition.classes)
-    return FilePlan(budget, composition, cost, to_close + (report if report <= REPORT_SHARE * budget.seconds else 0))
+    seconds = report_seconds(composition.classes)
+    return FilePlan(budget, composition, cost, to_close + (seconds if seconds <= REPORT_SHARE * budget.seconds else 0))

@@ -64,7 +64,7 @@ class SnapshotWriter:
             torch.set_num_threads(1)  # of this thread alone
             busy = time.thread_time()
             try:
-                waited = write_dataset(path, rounds, spec, check, placing=placing, alone=False)
+                waited = write_dataset(path, rounds, spec, check, placing=placing, all_cores=False)
                 spent = time.thread_time() - busy
                 # Without what it waited for cores and for Python's own lock, which the last file need not share.
                 self._done = Snapshot(extent, spent + waited, spent)

@@ -35,7 +35,7 @@ def choose_devices(wanted: str, count: int | None) -> tuple[str, int]:
 
 
 def wake(device: torch.device, dtype: torch.dtype) -> None:
-    """Has a GPU's libraries loaded on a thread meanwhile, which the first of each operation would wait for."""
+    """Loads a GPU's libraries on a thread; otherwise the first use of each operation would wait for them."""
 
     def compute() -> None:
         with suppress(RuntimeError):  # what is wrong is said where the results matter

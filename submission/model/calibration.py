@@ -93,7 +93,7 @@ def choose_decoder(
         log.say(f"decoder: vae (there is time for all {cap} images per class by it)")
         return full
     latents, pixels = gather(samples, drawing, 0)
-    training = STEPS * _seconds_of_a_step(latents, pixels) if is_sound(pixels).all() else 0.0
+    training = STEPS * _seconds_per_step(latents, pixels) if is_sound(pixels).all() else 0.0
     affordable = (n for n in SAMPLES if sum(n) * each + training <= SAMPLING_SHARE * left)
     fitted, held_out = next(affordable, SAMPLES[-1])
     takes = (fitted + held_out) * each + training
@@ -126,7 +126,7 @@ def gather(samples: list[Sample], drawing: Iterator[Sample], count: int) -> tupl
     return torch.cat([sample.latents for sample in samples]), torch.cat([sample.pixels for sample in samples])
 
 
-def _seconds_of_a_step(latents: Tensor, pixels: Tensor) -> float:
+def _seconds_per_step(latents: Tensor, pixels: Tensor) -> float:
     """What a step of a network's training takes: the difference of one and of a few more, once warm."""
     seconds, student = [], random_student(latents, pixels.shape[-1])
     for steps in (1, 1, 1 + TRIED_STEPS):

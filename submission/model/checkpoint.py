@@ -22,9 +22,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from submission.errors import CheckpointError
+from submission.errors import CheckpointError, first_line
 
-EMBEDDED = Path(__file__).parents[1] / "embedded"
+PROJECT = Path(__file__).resolve().parents[2]
+EMBEDDED = PROJECT / "submission" / "embedded"
 SDXL_TURBO = "stabilityai/sdxl-turbo"
 SDXL_TURBO_REVISION = "71153311d3dbb46851df1931d3ca6e939de83304"
 # SHA-256 of its weights, as the hub publishes them.
@@ -94,7 +95,7 @@ class Checkpoint:
         return _weight_file(self.path, component, self.variants[component])
 
 
-def choose(model: str, *, cuda: bool, environment: Mapping[str, str], root: Path) -> Checkpoint:
+def choose(model: str, *, cuda: bool, environment: Mapping[str, str] = os.environ, root: Path = PROJECT) -> Checkpoint:
     """Finds and checks the checkpoint that `--model` asks for.
 
     `model` is `auto`, `embedded`, a folder or a hub id. `auto` takes the `BANKO_MODEL` of `environment`,
@@ -152,14 +153,10 @@ def fetch(
 
     try:
         found = snapshot_download(
-            hub_id,
-            revision=revision,
-            local_dir=folder,
-            allow_patterns=HUB_FILES,
-            local_files_only=local_files_only,
+            hub_id, revision=revision, local_dir=folder, allow_patterns=HUB_FILES, local_files_only=local_files_only
         )
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise CheckpointError(f"{hub_id} is neither a folder here nor to be had from the hub ({reason})") from error
     return Path(found)
 

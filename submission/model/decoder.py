@@ -30,7 +30,7 @@ RUNGS: tuple[Rung, ...] = get_args(Rung)
 WIDTH, GROUPS, KERNEL = 48, 8, 3
 # Ridge of the last layer's regression, as a share of the inputs' mean square.
 RIDGE = 1e-4
-# Training: steps, latents a step, largest rate. From 64 images they lead to 38.9 dB on the embedded VAE at 128 px and
+# Training: steps, latents per step, largest rate. From 64 images they lead to 38.9 dB on the embedded VAE at 128 px and
 # to 39.6 on one of SDXL's size with random weights at 512 px (untrained 35.2 and 31.3; from 8 images 35.5 and 34.3).
 STEPS, STEP_LATENTS, RATE = 300, 8, 3e-3
 
@@ -38,9 +38,9 @@ STEPS, STEP_LATENTS, RATE = 300, 8, 3e-3
 PIXEL_BYTES = 3000
 # Canvas pixels decoded at a time on a CPU; on a GPU, what fits into a quarter of its free memory, up to 16 canvases of
 # 512 px: with eight in place of one, the VAE made 71 images/s on an H200 and not 41.
-PIXELS_A_PASS, MOST_PIXELS_A_PASS, MEMORY_SHARE = 1 << 18, 1 << 22, 0.25
+PIXELS_PER_PASS, MOST_PIXELS_PER_PASS, MEMORY_SHARE = 1 << 18, 1 << 22, 0.25
 # Pixels of images made of them at a time: the network's activations take a few kilobytes a pixel.
-IMAGE_PIXELS_A_PASS = 1 << 18
+IMAGE_PIXELS_PER_PASS = 1 << 18
 
 
 class Student(nn.Module):
@@ -117,23 +117,29 @@ def choose_vae_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 def full_decoder(vae: Any, size: int) -> Decoder:
     """The VAE itself, its canvases shrunk with antialiasing (bicubic)."""
-
-    def canvas(latents: Tensor) -> Tensor:
-        side = latents.shape[-1] * 2 ** (len(vae.config.block_out_channels) - 1)
-        parts = torch.split(latents, canvases_a_pass(latents.device, side))
-        return torch.cat([_resized(_decoded(vae, part / vae.config.scaling_factor), size) for part in parts])
-
-    return Decoder("vae", size, canvas, {})
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return _autoencoder("vae", vae, size, factor, vae.config.scaling_factor)
 
 
 def tiny_decoder(tiny: Any, size: int) -> Decoder:
     """A tiny autoencoder (diffusers' AutoencoderTiny), whose latents are the UNet's as they are."""
+    return _autoencoder("tiny", tiny, size, 8, 1.0)
+
+
+def _autoencoder(rung: Rung, network: Any, size: int, factor: int, scaling: float) -> Decoder:
+    """A network that makes canvases `factor` times as wide as its latents, which are the UNet's over `scaling`."""
 
     def canvas(latents: Tensor) -> Tensor:
-        parts = torch.split(latents, canvases_a_pass(latents.device, 8 * latents.shape[-1]))
-        return torch.cat([_resized(_decoded(tiny, part), size) for part in parts])
+        parts = torch.split(latents, canvases_per_pass(latents.device, factor * latents.shape[-1]))
+        return torch.cat([shrunk(part / scaling) for part in parts])
 
-    return Decoder("tiny", size, canvas, {})
+    def shrunk(latents: Tensor) -> Tensor:
+        made: Tensor = network.decode(latents.to(network.dtype), return_dict=False)[0].float()
+        if made.shape[-1] == size:
+            return made
+        return F.interpolate(made, size=(size, size), mode="bicubic", antialias=True)
+
+    return Decoder(rung, size, canvas, {})
 
 
 def student_decoder(rung: Rung, student: Student) -> Decoder:
@@ -164,14 +170,14 @@ def load_student(network: bytes, rung: Rung, size: int, device: torch.device) ->
 
 
 @functools.cache
-def canvases_a_pass(device: torch.device, side: int) -> int:
+def canvases_per_pass(device: torch.device, side: int) -> int:
     """How many canvases of that many pixels a side the VAE decodes at a time: a power of two, and always the same,
     since other sizes would be compiled anew."""
-    pixels = PIXELS_A_PASS
+    pixels = PIXELS_PER_PASS
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        pixels = min(MOST_PIXELS_A_PASS, max(PIXELS_A_PASS, int(MEMORY_SHARE * free / PIXEL_BYTES)))
+        pixels = min(MOST_PIXELS_PER_PASS, max(PIXELS_PER_PASS, int(MEMORY_SHARE * free / PIXEL_BYTES)))
     return 1 << (max(1, pixels // side**2).bit_length() - 1)
 
 
@@ -239,7 +245,7 @@ def decode(decoder: Decoder, latents: Tensor) -> tuple[Tensor, Tensor]:
 
     The second result, bool [N], marks the images that came out sound: every value finite, and not one constant colour.
     """
-    parts = torch.split(latents, max(1, IMAGE_PIXELS_A_PASS // decoder.size**2))
+    parts = torch.split(latents, max(1, IMAGE_PIXELS_PER_PASS // decoder.size**2))
     pixels, sound = zip(*(_decode(decoder, part) for part in parts), strict=True)
     return torch.cat(pixels), torch.cat(sound)
 
@@ -269,15 +275,3 @@ def is_sound(canvas: Tensor) -> Tensor:
     """Which canvases [N, 3, size, size] have finite values and more than one colour: bool [N]."""
     flat = canvas.flatten(1)
     return flat.isfinite().all(1) & (flat.amax(1) > flat.amin(1))
-
-
-def _decoded(vae: Any, latents: Tensor) -> Tensor:
-    """Canvases float32 [N, 3, factor * h, factor * w]."""
-    canvas: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0].float()
-    return canvas
-
-
-def _resized(canvas: Tensor, size: int) -> Tensor:
-    if canvas.shape[-1] == size:
-        return canvas
-    return F.interpolate(canvas, size=(size, size), mode="bicubic", antialias=True)

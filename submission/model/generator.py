@@ -105,7 +105,7 @@ def load_generator(
     dtype = dtype or pipeline.choose_dtype(device)
     phrasings = image.task.prompts(image.prompts)
     prompts = list(dict.fromkeys(chain.from_iterable(phrasings)))
-    place = {prompt: index for index, prompt in enumerate(prompts)}
+    index_of = {prompt: index for index, prompt in enumerate(prompts)}
     read_ahead(checkpoint)
     wake(device, dtype)
     with log.phase("import libraries"):
@@ -124,7 +124,7 @@ def load_generator(
             conditioning = pipeline.project_prompts(sampler.unet, conditioning)
     encoded = "encoded and projected" if project_prompts else "encoded"
     log.say(f"{len(prompts)} prompts {encoded}; {resolution} px, UNet in {_name(dtype)}, VAE in {_name(vae.dtype)}")
-    prompt_of = torch.tensor([[place[prompt] for prompt in row] for row in phrasings])
+    prompt_of = torch.tensor([[index_of[prompt] for prompt in row] for row in phrasings])
     return Generator(image, sampler, conditioning, prompt_of, vae, full_decoder(vae, size))
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from submission.errors import CheckpointError
+from submission.errors import CheckpointError, first_line
 from submission.model.checkpoint import Checkpoint
 
 # bf16 must win by this factor on a matrix product before a CPU uses it: where the hardware lacks it, it is hundreds of
@@ -26,7 +26,7 @@ BF16_GAIN = 1.3
 # Separates the random numbers drawn for noise from those drawn for augmentation.
 NOISE_STREAM = 0
 # Prompts encoded at a time, few for the sake of memory.
-PROMPTS_A_BATCH = 16
+PROMPTS_PER_BATCH = 16
 # The folder of a tiny autoencoder, by the name under which the hub has it for SDXL.
 TINY = "taesdxl"
 # What torch compiles of a UNet, and in how many shapes at most.
@@ -95,7 +95,7 @@ def encode_prompts(
         ).input_ids.to(device)
         states: list[Tensor] = []
         with torch.inference_mode():
-            for batch in tokens.split(PROMPTS_A_BATCH):
+            for batch in tokens.split(PROMPTS_PER_BATCH):
                 output = encoder(batch, output_hidden_states=True)
                 # The other layers' states, of thousands of prompts, would take many times as much memory.
                 states.append(output.hidden_states[-2])
@@ -126,17 +126,8 @@ def load_sampler(checkpoint: Checkpoint, resolution: int, device: torch.device, 
             f"{checkpoint.path}: prediction_type {prediction!r} is not supported (epsilon, v_prediction)"
         )
     scheduler.set_timesteps(1)
-    sampler = Sampler(
-        unet=unet,
-        resolution=0,
-        side=0,
-        timestep=scheduler.timesteps[0].to(device),
-        sigma=float(scheduler.sigmas[0]),
-        prediction=prediction,
-        time_ids=torch.zeros(6),
-        dtype=dtype,
-        device=device,
-    )
+    timestep, sigma = scheduler.timesteps[0].to(device), float(scheduler.sigmas[0])
+    sampler = Sampler(unet, 0, 0, timestep, sigma, prediction, torch.empty(0), dtype, device)
     return at_resolution(sampler, checkpoint, resolution)
 
 
@@ -155,7 +146,7 @@ class Projections(torch.nn.Module):
 
     def __init__(self, layer: torch.nn.Module, embeds: Tensor) -> None:
         super().__init__()
-        self.register_buffer("table", torch.cat([layer(batch) for batch in torch.split(embeds, PROMPTS_A_BATCH)]))
+        self.register_buffer("table", torch.cat([layer(batch) for batch in torch.split(embeds, PROMPTS_PER_BATCH)]))
 
     def forward(self, numbers: Tensor) -> Tensor:
         return self.table[numbers.flatten()]
@@ -198,7 +189,7 @@ def load_tiny(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) 
         return None
     from diffusers import AutoencoderTiny  # noqa: PLC0415  # slow to import
 
-    return _laid_out(_load_folder(AutoencoderTiny, folder, None, device, torch_dtype=dtype))
+    return _laid_out(_load_folder(AutoencoderTiny, folder, None, device, dtype))
 
 
 def compile_blocks(unet: Any) -> None:
@@ -271,31 +262,30 @@ def _load_part(kind: Any, path: Path, part: str) -> Any:
     try:
         return kind.from_pretrained(path / part, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path / part} cannot be loaded ({_first_line(error)})") from error
+        raise CheckpointError(f"{path / part} cannot be loaded ({first_line(error)})") from error
 
 
 def _load_model(kind: Any, checkpoint: Checkpoint, component: str, device: torch.device, dtype: torch.dtype) -> Any:
     """Loads one component of a checkpoint. Raises CheckpointError."""
-    name = "dtype" if component.startswith("text_encoder") else "torch_dtype"
-    return _load_folder(kind, checkpoint.path / component, checkpoint.variants[component], device, **{name: dtype})
+    return _load_folder(kind, checkpoint.path / component, checkpoint.variants[component], device, dtype)
 
 
-def _load_folder(kind: Any, folder: Path, variant: str | None, device: torch.device, **dtype: torch.dtype) -> Any:
+def _load_folder(kind: Any, folder: Path, variant: str | None, device: torch.device, dtype: torch.dtype) -> Any:
     """Loads a model straight to the device, and refuses one whose weights do not match its configuration: the libraries
     would fill the gaps with random numbers."""
     try:
-        model, report = kind.from_pretrained(
+        model, loading = kind.from_pretrained(
             folder,
             variant=variant,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
             device_map=str(device),
-            **dtype,
+            **{"dtype" if kind.__module__.startswith("transformers") else "torch_dtype": dtype},
         )
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{folder} cannot be loaded ({_first_line(error)})") from error
-    wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        raise CheckpointError(f"{folder} cannot be loaded ({first_line(error)})") from error
+    wrong = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if wrong:
         raise CheckpointError(f"{folder}: {len(wrong)} weights do not match config.json, the first is {wrong[0]}")
     return model
@@ -308,7 +298,3 @@ def _laid_out(model: Any) -> Any:
     if model.device.type == "cpu" and model.dtype == torch.float32:
         model.to(memory_format=torch.channels_last)
     return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -17,7 +17,8 @@ class Budget:
     """A span of time with a deadline, on a clock that never jumps.
 
     `seconds` reach from start to deadline; `start` is a reading of `clock`, which counts seconds monotonically. All
-    moments in a job are counted from there. A job that was told to stop has until moment `grace_end`, if not less.
+    moments in a job are counted from there. A job that was told to stop has until `grace_end`, or until the
+    deadline if that is earlier.
     """
 
     seconds: float

@@ -58,7 +58,7 @@ class Throughput:
     `fastest` is the least of all batches, in seconds per image; `stalled` says that the last batch was an outage.
     """
 
-    batch: BatchSize
+    batch_size: BatchSize
     pace: Pace = field(default_factory=Pace)
     fastest: float = math.inf
     batches: int = 0
@@ -70,7 +70,7 @@ class Throughput:
 
     def bound(self, images: float) -> float:
         """Cautious seconds for so many images."""
-        return self.pace.bound(images, self.batch.current)
+        return self.pace.bound(images, self.batch_size.current)
 
     def observe(self, images: int, seconds: float, left: float, *, disturbed: bool = False) -> bool:
         """Takes a batch that is done: how many images, and how long they took. True where it was an outage.
@@ -85,16 +85,16 @@ class Throughput:
         self.stalled, repeated = outage, self.stalled
         if outage and not repeated:
             return True
-        if not self.batch.settled:
-            if not disturbed and images == self.batch.current:
-                self.batch.observe(seconds, left)
+        if not self.batch_size.settled:
+            if not disturbed and images == self.batch_size.current:
+                self.batch_size.observe(seconds, left)
             self.pace = Pace(mean=self.fastest, batches=1)
-        elif images == self.batch.current or not self.pace.batches:
+        elif images == self.batch_size.current or not self.pace.batches:
             # A smaller one would look slow: every batch has a fixed cost. It has to do for a beginning.
             self.pace.observe(images, seconds)
         return outage
 
-    def compiled(self) -> None:
+    def forget_pace(self) -> None:
         """A batch is done for which the networks were compiled: it says nothing of the pace, which begins anew."""
         self.batches += 1
         self.pace = Pace(self.pace.mean)
@@ -138,17 +138,13 @@ class Device:
         """Its generator is there, after so many seconds."""
         self.name, self.node, self.facts, self.loading, self.state = name, node, facts, seconds, "ready"
 
-    def told(self, facts: Mapping[str, Any]) -> None:
-        """How it makes images now."""
-        self.facts = facts
-
     def consider_compiling(self, generating: float) -> None:
-        """Whether its networks are to be compiled from the next batch on, where so many seconds of generating are left:
-        once, when the pace as they are is known and it is expected to pay back; and whether it did, or is undone."""
+        """Decides, before a batch, whether to compile the networks, where so many seconds of generating are left: once,
+        when the eager pace is known and compiling should pay back. Undoes it where the compiled pace is slower."""
         compilation, pace = self.compilation, self.speed.pace
         known = pace.batches >= PACE_BATCHES
         if compilation.eager is None:
-            if known and self.speed.batch.settled and pays_back(COMPILE_SECONDS, COMPILE_GAIN, generating):
+            if known and self.speed.batch_size.settled and pays_back(COMPILE_SECONDS, COMPILE_GAIN, generating):
                 self.compilation = Compilation(on=True, due=True, eager=pace.mean)
         elif compilation.on and known and pace.mean > compilation.eager:
             if any(batch.compiles for batch in self.in_hand):
@@ -173,14 +169,16 @@ class Device:
         first, *others = self.in_hand
         return max(0.0, first.began + first.expected - now) + sum(batch.expected for batch in others)
 
-    def came_back(self, now: float, seconds: float, made: int, left: float, *, disturbed: bool) -> bool:
+    def came_back(
+        self, now: float, seconds: float, made: int, left: float, *, disturbed: bool, facts: Mapping[str, Any]
+    ) -> bool:
         """Takes the first batch in hand as done, after so many seconds; `made` of its images were still missing. True
         where it was an outage (`Throughput.observe`)."""
-        batch = self._took(now)
+        batch, self.facts = self._took(now), facts
         self.images += made
         if batch.compiles:
-            self.speed.compiled()
-            self.compilation.on = bool(self.facts.get("compiled", True))
+            self.speed.forget_pace()
+            self.compilation.on = self.facts["compiled"]
             return False
         return self.speed.observe(len(batch.numbers), seconds, left, disturbed=disturbed or batch.disturbed)
 
@@ -188,8 +186,8 @@ class Device:
         """The first batch in hand does not fit into its memory: returns its numbers, and settles on half the size."""
         numbers = self._took(now).numbers
         self.compilation = Compilation(eager=self.compilation.eager)
-        if 1 < len(numbers) <= self.speed.batch.current:  # the one behind it was asked for before this was known
-            self.speed.batch.out_of_memory()
+        if 1 < len(numbers) <= self.speed.batch_size.current:  # the one behind it was asked for before this was known
+            self.speed.batch_size.out_of_memory()
         return numbers
 
     def hand_on(self) -> list[NDArray[np.int64]]:
@@ -200,7 +198,7 @@ class Device:
         return [batch.numbers for batch in batches]
 
     def lost(self, *, again: bool) -> None:
-        """It is gone with what it had in hand: it is started anew, and then runs as it is, or dropped."""
+        """The device is gone with what it had in hand. It is started anew, not compiled, or dropped."""
         self.in_hand.clear()
         self.compilation = Compilation(eager=self.compilation.eager)
         self.state = "loading" if again else "dropped"

@@ -105,7 +105,7 @@ class FileCost:
             for row, a in zip(self.covariance, gain, strict=True)
         ]
         self.largest = max(self.largest, seconds)
-        self.residuals.append(self._alone(extent) / seconds - 1)
+        self.residuals.append(self._uncrowded(extent) / seconds - 1)
 
     def crowded(self, factor: float) -> None:
         """Everything takes `factor` times as long as alone at present."""
@@ -118,11 +118,11 @@ class FileCost:
 
     def mean(self, extent: Extent) -> float:
         """Expected seconds for a file; above zero."""
-        return self.crowding * self._alone(extent)
+        return self.crowding * self._uncrowded(extent)
 
     def bound(self, extent: Extent) -> float:
         """Cautious seconds for a file: more where little is known, files differed, or none as large has been seen."""
-        parts, mean = self._parts(extent), self._alone(extent)
+        parts, mean = self._parts(extent), self._uncrowded(extent)
         unknown = sum(
             a * b * c for a, row in zip(parts, self.covariance, strict=True) for b, c in zip(parts, row, strict=True)
         )
@@ -131,7 +131,7 @@ class FileCost:
         crowding = self.crowding * (1 + CROWDING_DOUBT * (self.crowding - 1))
         return crowding * (mean + FILE_DEVIATIONS * deviation)
 
-    def _alone(self, extent: Extent) -> float:
+    def _uncrowded(self, extent: Extent) -> float:
         # A factor may come out negative where files so far could not tell the parts from each other.
         return sum(max(f, 0.02) * p for f, p in zip(self.factors, self._parts(extent), strict=True))
 

@@ -72,13 +72,9 @@ class FilePlan:
         self.spent += spent
         self.cost.observe(extent, seconds)
 
-    def placed(self, extent: Extent) -> None:
-        """A file was put in place."""
+    def placed(self, extent: Extent | None) -> None:
+        """A file was put in place or, with None, the one that was has been removed by someone."""
         self.in_place = extent
-
-    def removed(self) -> None:
-        """Someone has removed the file in place."""
-        self.in_place = None
 
     def due(self) -> Extent | None:
         """The snapshot to write now beside generation, if any: the first round at once, then larger files as they

@@ -48,16 +48,16 @@ class Duties(Protocol):
 class Guard:
     """A context in which SIGTERM and SIGINT set `stop`, a second one ends the process, and so does the deadline.
 
-    Whoever acquires `finishing` writes the last file: the main thread as a rule, and the guard in its stead where it
-    does not come in time.
+    Whoever acquires `last_file_lock` writes the last file: the main thread as a rule, and the guard in its stead where
+    it does not come in time.
     """
 
-    def __init__(self, budget: Budget) -> None:
+    def __init__(self, budget: Budget, close_log: Callable[[], None] = lambda: None) -> None:
         self.stop = threading.Event()
-        self.finishing = threading.Lock()
+        self.last_file_lock = threading.Lock()
         self._duties: Duties | None = None
         self._before_exit: Callable[[], None] = lambda: None
-        self._budget = budget
+        self._budget, self._close_log = budget, close_log
         self._stopped_by: signal.Signals | None = None
 
     def serve(self, duties: Duties) -> None:
@@ -100,6 +100,7 @@ class Guard:
                     if self._stopped_by:
                         self._exit(128 + number)
                     self._stopped_by, told_at = signal.Signals(number), self._budget.elapsed
+                    self._budget.hurry()
                     self.stop.set()
                     if self._duties:
                         _start(self._duties.stopped_by, self._stopped_by)
@@ -117,12 +118,13 @@ class Guard:
                 _start(duties.last_words).join(LAST_WORDS_PATIENCE)
                 self._exit(duties.exit_code())
             ignored = self._stopped_by is not None and self._budget.elapsed - told_at > PATIENCE
-            if (ignored or duties.overdue()) and self.finishing.acquire(blocking=False):
+            if (ignored or duties.overdue()) and self.last_file_lock.acquire(blocking=False):
                 # Ends the process at once: taking torch and its libraries apart in order takes seconds.
                 _start(lambda duties: self._exit(duties.take_over()), duties)
 
     def _exit(self, code: int) -> NoReturn:
         self._before_exit()
+        _start(self._close_log).join(LAST_WORDS_PATIENCE)  # a live display would leave the terminal as it is
         os._exit(code)
 
 

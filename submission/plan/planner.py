@@ -6,7 +6,7 @@ whose file, at its cautious cost, still fit into the time left.
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ from submission.errors import BudgetError
 from submission.plan.batch_size import BatchSize
 from submission.plan.budget import Budget
 from submission.plan.devices import Device, Throughput
-from submission.plan.estimates import Composition, Extent
 from submission.plan.file_plan import FilePlan
 
 # Batches measured before a budget is called too small: the first ones are slow.
@@ -37,53 +36,28 @@ class Plan:
     reserve: float
 
 
-def make_plan(
-    left: float,
-    images_done: int,
-    generate: Callable[[int], float],
-    reserve: Callable[[Extent], float],
-    composition: Composition,
-) -> Plan:
-    """The largest plan that fits into `left` seconds, given `images_done` so far, counted across rounds.
-
-    `generate` says how many seconds so many images take, and `reserve` how many to keep for a file. The plan's `rounds`
-    never lie below the whole rounds already done; equal to them means: stop generating, write now.
-    """
-
-    def generating(rounds: int) -> float:
-        return generate(max(0, rounds * composition.classes - images_done))
-
-    def total(rounds: int) -> float:
-        return generating(rounds) + reserve(composition.extent(rounds))
-
-    done = images_done // composition.classes
-    beyond = range(done + 1, max(composition.cap, done) + 1)
-    rounds = done + bisect_right(beyond, left, key=total)
-    return Plan(rounds, composition.ipc(rounds), generating(rounds), reserve(composition.extent(rounds)))
-
-
 @dataclass
 class Planner:
-    """Decides what the `devices` make, so that the file of `files` comes out as large as it can.
+    """Decides what the `devices` make, so that the file of `file_plan` comes out as large as it can.
 
     It goes on while the fastest pace seen, or to be hoped of larger batches, could still complete a round (trying costs
     nothing) and the cautious pace leaves time to write what is there. `before` are the rounds that a run before has
     left, wherever they stand; `images` are those that the devices have made in this run.
     """
 
-    files: FilePlan
+    file_plan: FilePlan
     devices: list[Device] = field(default_factory=list)
     before: int = 0
     images: int = 0
 
     @property
     def budget(self) -> Budget:
-        return self.files.budget
+        return self.file_plan.budget
 
     @property
     def total_images(self) -> int:
         """Images done, in this run and in whole rounds of one before."""
-        return self.before * self.files.composition.classes + self.images
+        return self.before * self.file_plan.composition.classes + self.images
 
     @property
     def paced(self) -> Sequence[Device]:
@@ -98,7 +72,7 @@ class Planner:
     @property
     def batch_size(self) -> int:
         """The largest that a device works with."""
-        return max((device.speed.batch.current for device in self.devices), default=1)
+        return max((device.speed.batch_size.current for device in self.devices), default=1)
 
     @property
     def in_hand(self) -> int:
@@ -108,7 +82,7 @@ class Planner:
     @property
     def done(self) -> bool:
         """Whether there are as many images as there may be."""
-        return self.total_images >= self.files.composition.cap * self.files.composition.classes
+        return self.total_images >= self.file_plan.composition.cap * self.file_plan.composition.classes
 
     def expect(self, devices: int, batch_size: int | None) -> None:
         """There are to be so many devices, with batches of a fixed size or, with None, the one that measures best."""
@@ -118,16 +92,16 @@ class Planner:
     def next_batch(self, device: Device) -> int:
         """How many images to give to a device next, behind what it has in hand: 0 where that could not come back in
         time, or there are none."""
-        files, classes, now = self.files, self.files.composition.classes, self.budget.elapsed
+        files, classes, now = self.file_plan, self.file_plan.composition.classes, self.budget.elapsed
         asked, left = self.total_images + self.in_hand, self.budget.usable
-        full = min(device.speed.batch.current, max(files.composition.cap * classes - asked, 0))
+        full = min(device.speed.batch_size.current, max(files.composition.cap * classes - asked, 0))
         if files.rounds == 0 and device.speed.batches < BATCHES_BEFORE_GIVING_UP:
             return full
         if not device.speed.batches:  # it comes late, or the rounds are of a run before
             kept = FIRST_BATCH if self.paced else 0.0
             return full if kept + files.reserve(files.whole) <= left else 0
         missing = classes - asked % classes
-        fastest = sum(1 / (one.speed.fastest / (1 if one.speed.batch.settled else BATCH_HOPE)) for one in self.paced)
+        fastest = sum((1 if one.speed.batch_size.settled else BATCH_HOPE) / one.speed.fastest for one in self.paced)
         hopeful = missing / fastest + self._reserve(asked + missing)
         others = max(one.wait(now) for one in self.devices)
         # A whole round that one device does not manage, several may.
@@ -137,35 +111,50 @@ class Planner:
                 return size
         return 0
 
-    def observe(self, device: Device, seconds: float, made: int, rounds: int, *, disturbed: bool = False) -> bool:
+    def observe(
+        self, device: Device, seconds: float, made: int, rounds: int, *, disturbed: bool, facts: Mapping[str, Any]
+    ) -> bool:
         """Takes what a device has come back with after so many seconds of its own: `made` images that were still
         missing, after which `rounds` may be written. True where the batch was an outage (`Throughput.observe`)."""
         self.images += made
-        self.files.grew(rounds)
-        return device.came_back(self.budget.elapsed, seconds, made, self.budget.usable, disturbed=disturbed)
+        self.file_plan.grew(rounds)
+        now, left = self.budget.elapsed, self.budget.usable
+        return device.came_back(now, seconds, made, left, disturbed=disturbed, facts=facts)
 
     def pays_to_start(self) -> bool:
         """Whether a device that is started now would be ready early enough to be worth it."""
         loading = max(device.loading for device in self.devices)
-        return self.budget.usable - self.files.reserve(self.files.whole) > START_GAIN * loading
+        return self.budget.usable - self.file_plan.reserve(self.file_plan.whole) > START_GAIN * loading
 
     def time_to_write(self) -> bool:
         """Whether the time left is what the file of the rounds there are needs, whatever is still under way."""
-        return self.files.rounds > 0 and self.budget.usable <= self.files.reserve(self.files.whole)
+        return self.file_plan.rounds > 0 and self.budget.usable <= self.file_plan.reserve(self.file_plan.whole)
 
     def overdue(self) -> bool:
         """Whether the last file should have been begun by now (`FilePlan.overdue_at`)."""
-        return self.files.rounds > 0 and self.budget.elapsed >= self.files.overdue_at(self.late_at)
+        return self.file_plan.rounds > 0 and self.budget.elapsed >= self.file_plan.overdue_at(self.late_at)
 
     @property
     def late_at(self) -> float:
         """The moment from which on all batches under way are late."""
-        return max((device.in_hand[0].late_at for device in self.devices if device.in_hand), default=0.0)
+        # The guard asks, while the main thread takes batches out of hands.
+        return max((batch.late_at for device in self.devices for batch in device.in_hand[:1]), default=0.0)
 
     def plan(self) -> Plan:
-        """The rounds to expect from here on."""
-        files = self.files
-        return make_plan(self.budget.usable, self.total_images, self.generate, files.reserve, files.composition)
+        """The largest plan that fits into the time left. Its rounds never lie below the whole rounds already done, and
+        equal them where it is time to write."""
+        composition, images, left = self.file_plan.composition, self.total_images, self.budget.usable
+
+        def generating(rounds: int) -> float:
+            return self.generate(max(0, rounds * composition.classes - images))
+
+        def reserve(rounds: int) -> float:
+            return self.file_plan.reserve(composition.extent(rounds))
+
+        done = images // composition.classes
+        beyond = range(done + 1, max(composition.cap, done) + 1)
+        rounds = done + bisect_right(beyond, left, key=lambda rounds: generating(rounds) + reserve(rounds))
+        return Plan(rounds, composition.ipc(rounds), generating(rounds), reserve(rounds))
 
     def generate(self, images: float) -> float:
         """Cautious seconds for so many images, to which each device contributes as it is fast."""
@@ -173,14 +162,13 @@ class Planner:
         return max((device.speed.bound(share) for device, share in shares), default=0.0)
 
     def facts(self) -> dict[str, Any]:
-        """For the manifest: how it was made on the first device and, with the same result, on all others; what each
-        device did; and the budget."""
+        """For the manifest: how images are made (by the first device, and in the same manner by all), what each device
+        made, and the budget."""
         told = [device.facts for device in self.devices if device.facts]
         return {
             "budget_seconds": self.budget.seconds,
             "elapsed_seconds": round(self.budget.elapsed, 2),
-            "resumed_rounds": self.before,
-            "snapshots_seconds": round(self.files.spent, 3),
+            "snapshots_seconds": round(self.file_plan.spent, 3),
             "batch_size": self.batch_size,
             "devices": [
                 {"name": one.name, "node": one.node, "images": one.images, "restarts": one.restarts}
@@ -193,7 +181,7 @@ class Planner:
 
     def too_small(self) -> BudgetError:
         """Says that the budget cannot hold one round, and what would."""
-        seconds, classes = self.budget.seconds, self.files.composition.classes
+        seconds, classes = self.budget.seconds, self.file_plan.composition.classes
         if not self.paced:
             return BudgetError(
                 f"a budget of {seconds:g} s cannot hold one round: it is over before the first of "
@@ -211,6 +199,6 @@ class Planner:
         )
 
     def _reserve(self, images: int) -> float:
-        """For the file of the whole rounds of so many images."""
-        composition = self.files.composition
-        return self.files.reserve(composition.extent(images // composition.classes))
+        """Seconds to reserve for the file of the whole rounds among so many images."""
+        composition = self.file_plan.composition
+        return self.file_plan.reserve(composition.extent(images // composition.classes))

@@ -88,7 +88,7 @@ def timeline(manifest: Mapping[str, Any]) -> Markup:
 
 
 def learning_curves(curves: Sequence[Mapping[str, Sequence[float]]], tested: Sequence[float], chance: float) -> Markup:
-    """Accuracy against SGD steps: in training, a line a run, and on the test images at the end."""
+    """Accuracy against SGD steps: in training, a line per run, and on the test images at the end."""
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": "curves"}):
         figure = Figure(figsize=(WIDTH, 3), layout="constrained")
         axes = figure.subplots()

@@ -1,16 +1,13 @@
-"""The manifest: what was asked, what was done, how long it took, every fallback on the way. docs/output.md lists it."""
+"""Parts of the manifest that no other room states: which checkpoint, which versions. docs/output.md lists all of it."""
 
 import importlib.metadata
 import platform
 import sys
 import threading
-from collections.abc import Mapping
 
 from submission.model.checkpoint import Checkpoint, recognise, weight_digests
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "safetensors")
-# Entries that are long, and therefore come last.
-LONG = ("progress",)
 
 
 class Digests:
@@ -50,12 +47,3 @@ def machine() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {library: importlib.metadata.version(library) for library in libraries},
     }
-
-
-def join(*rooms: Mapping[str, object]) -> dict[str, object]:
-    """One manifest of the facts that each part of a job states; no two of them state the same."""
-    joined: dict[str, object] = {}
-    for room in rooms:
-        assert not joined.keys() & room.keys()
-        joined |= room
-    return {name: joined[name] for name in sorted(joined, key=lambda name: name in LONG)}

@@ -62,7 +62,7 @@ def render(task: Task, manifest: Mapping[str, Any], images: Tensor, results: Map
         warnings[:0] = [finding["text"] for finding in found["findings"]]
         if found["class_order"] == "suspect":
             warnings.insert(0, found["class_order_audit"]["statement"])
-    shown = places(len(task.classes), manifest["ipc"], manifest["rounds"])
+    shown = shown_positions(len(task.classes), manifest["ipc"], manifest["rounds"])
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -87,7 +87,7 @@ def render(task: Task, manifest: Mapping[str, Any], images: Tensor, results: Map
     )
 
 
-def places(classes: int, ipc: int, rounds: int) -> NDArray[np.int64]:
+def shown_positions(classes: int, ipc: int, rounds: int) -> NDArray[np.int64]:
     """Which of a class's `ipc` images are shown, by their places in the file: int [rows, columns], -1 for none.
 
     A row is a generated image and the copies of it, or, where there are no copies, just generated images.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from submission.errors import UsageError
+from submission.errors import BankoError, UsageError
 from submission.tasks.task import Task, TaskClass
 
 MAX_BYTES = 4 * 2**20  # a thousand classes take about 150 kB: anything this large is another kind of file
@@ -49,16 +49,13 @@ def check_size(value: object) -> str | None:
     return "must be an even whole number of pixels, 8 to 1024" if out_of_range or is_odd else None
 
 
-def _mean(value: object) -> str | None:
-    if isinstance(value, list) and len(value) == 3 and all(_is_number(v) and 0 <= v <= 1 for v in value):
-        return None
-    return "must be three numbers from 0 to 1, one a channel (of pixels in 0..1, not 0..255)"
+def _three_numbers(what: str, fits: Callable[[float], bool]) -> Callable[[object], str | None]:
+    def rule(value: object) -> str | None:
+        if isinstance(value, list) and len(value) == 3 and all(_is_number(v) and fits(v) for v in value):
+            return None
+        return f"must be three numbers {what}, one per channel (of pixels in 0..1, not 0..255)"
 
-
-def _std(value: object) -> str | None:
-    if isinstance(value, list) and len(value) == 3 and all(_is_number(v) and 0 < v <= 1 for v in value):
-        return None
-    return "must be three numbers above 0, at most 1, one a channel (of pixels in 0..1, not 0..255)"
+    return rule
 
 
 def _classes(value: object) -> str | None:
@@ -83,8 +80,8 @@ _TASK_RULES: _Rules = {
     "name": check_file_name,
     "title": _text,
     "size": check_size,
-    "mean": _mean,
-    "std": _std,
+    "mean": _three_numbers("from 0 to 1", lambda v: 0 <= v <= 1),
+    "std": _three_numbers("above 0, at most 1", lambda v: 0 < v <= 1),
     "max_ipc": _whole_number(1),
     "classes": _classes,
     "phrasings": _phrasings,
@@ -103,7 +100,10 @@ _CLASS_OPTIONAL = {"label", "described", "kind", "wnid"}
 
 def parse_task(path: Path) -> Task:
     """The task in a TOML file. Raises UsageError (`FILE:LINE: what is wrong`)."""
-    text = _read(path)
+    try:
+        text = read_text(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
     try:
         document = tomllib.loads(text)
     except RecursionError as error:
@@ -181,20 +181,18 @@ def _three_floats(values: list[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _read(path: Path) -> str:
-    try:
-        if not path.is_file():  # a pipe or a device would never end
-            raise UsageError(f"{path}: there is no such task file")
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise UsageError(f"{path}: {size / 2**20:.1f} MiB is too large for a task file (at most 4 MiB)")
-        data = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+def read_text(path: Path, refusal: type[BankoError] = UsageError) -> str:
+    """A file of UTF-8 text, of at most `MAX_BYTES`, without a byte order mark. Raises the refusal, or OSError."""
+    if not path.is_file():  # a pipe or a device would never end
+        raise refusal(f"{path}: {'not a file' if path.exists() else 'there is no such file'}")
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise refusal(f"{path}: {size / 2**20:.2f} MiB is too much, {MAX_BYTES >> 20} MiB are the most")
+    data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")  # some editors put a byte order mark first, and TOML allows none
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise UsageError(
+        line = len(re.findall(rb"\r\n|\n|\r", data[: error.start])) + 1
+        raise refusal(
             f"{path}:{line}: not UTF-8 text (byte 0x{data[error.start]:02x}); save the file as UTF-8"
         ) from error
 

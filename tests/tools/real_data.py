@@ -16,16 +16,16 @@ FOLDER = SHARED / "data"
 
 def real_subset(task: Task, ipc: int, seed: int) -> torch.Tensor:
     """So many training images per class drawn at random, normalised, by class: float32 [classes * ipc, 3, H, W]."""
-    found = _training_images(task.name, task.size)
+    pixels, labels = _training_images(task.name, task.size)
     generator = np.random.default_rng(seed)
-    chosen = [generator.choice(np.flatnonzero(found.labels == one.index), ipc, replace=False) for one in task.classes]
-    return _normalised(found.pixels[torch.from_numpy(np.concatenate(chosen))], task)
+    chosen = [generator.choice(np.flatnonzero(labels == one.index), ipc, replace=False) for one in task.classes]
+    return _normalised(pixels[torch.from_numpy(np.concatenate(chosen))], task)
 
 
 def real_test_images(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
     """Half of CIFAR-100's test images, normalised, and their classes."""
-    found = _test_images(task.size)
-    return _normalised(found.pixels, task), found.labels
+    pixels, labels = _test_images(task.size)
+    return _normalised(pixels, task), labels
 
 
 @functools.cache

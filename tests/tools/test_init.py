@@ -74,7 +74,7 @@ def test_a_list_too_long_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     code, file = run(tmp_path, "".join(f"{number}\n" for number in range(60_000)))
     assert code == 6 and "60,000 names make a task of" in capsys.readouterr().err and not file.exists()
     assert run(tmp_path, b"x" * (4 * 2**20 + 1))[0] == 6
-    assert "too much for class names" in capsys.readouterr().err
+    assert "MiB is too much, 4 MiB are the most" in capsys.readouterr().err
 
 
 def test_mean_and_deviation_of_ones_own_images(tmp_path: Path) -> None:

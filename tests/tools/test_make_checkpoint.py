@@ -60,6 +60,6 @@ def test_full_size_is_sdxl_turbo_s() -> None:
     for file_name, fact in facts["_weights_fp16"].items():
         component = Path(file_name).parts[0]
         network = make_checkpoint.on_paper(component, facts[f"{component}/config.json"])
-        size = make_checkpoint.BYTES_A_WEIGHT * sum(p.numel() for p in network.state_dict().values())
+        size = make_checkpoint.BYTES_PER_WEIGHT * sum(p.numel() for p in network.state_dict().values())
         assert 0 < fact["bytes"] - size < 1e6, file_name  # what is left over is the file's header
         assert checkpoint.SDXL_TURBO_SHA256[file_name] == fact["sha256"]

@@ -5,7 +5,6 @@
 
 import argparse
 import importlib
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -60,4 +59,4 @@ def _run(bench: ModuleType, options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

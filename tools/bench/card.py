@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +19,13 @@ import numpy as np
 import torch
 
 from submission.arguments import add_device, number_from, parse_seconds
-from submission.engine import first_line
-from submission.errors import BudgetError, InputFileError, UsageError
+from submission.errors import BudgetError, InputFileError, UsageError, first_line
 from submission.log import Log
 from submission.machine.device import choose_device
 from submission.machine.memory import peak_memory
 from submission.model import pipeline
 from submission.model.calibration import SAMPLES, draw, gather, worth
-from submission.model.checkpoint import choose
+from submission.model.checkpoint import PROJECT, choose
 from submission.model.decoder import canvases, decode, full_decoder, ladder, psnr
 from submission.model.generator import Generator, load_generator
 from submission.model.image_spec import ImageSpec
@@ -35,7 +33,6 @@ from submission.plan.budget import Budget, start_budget
 from submission.tasks import builtin_names, load_task
 from tools.bench.timing import fastest, gemm_flops, unet_flop, unet_step
 
-PROJECT = Path(__file__).resolve().parents[2]
 # A larger batch is tried where the last one was faster by this factor, up to so many images.
 BATCH_GAIN, LARGEST_BATCH = 1.02, 1024
 # Trials of each timing, and images decoded at a time.
@@ -48,16 +45,10 @@ BUDGET, KEPT = 600.0, 15.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--task", default="cifar100", help="whose prompts, and size of images (default: cifar100)")
-    add("--model", default="auto", help="a checkpoint, named as for the job; random weights do (default: auto)")
-    add(
-        "--resolution",
-        type=number_from(1),
-        nargs="+",
-        metavar="PX",
-        help="widths of the canvas, in pixels (default: the checkpoint's own, and half of it from 256 px on)",
-    )
-    add("--limit", default="6m", metavar="TIME", help="what would exceed it is left out (default: 6m)")
+    add("--task", default="cifar100", help="whose prompts, and size of images")
+    add("--model", default="auto", help="a checkpoint, named as for the job; random weights do")
+    add("--resolution", type=number_from(1), nargs="+", metavar="PX", help="canvases (default: its own, half of it)")
+    add("--limit", default="6m", metavar="TIME", help="what would exceed it is left out")
     add_device(parser)
 
 
@@ -70,7 +61,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     budget = start_budget(limit)
     log = Log("kept", budget)
     task, device = load_task(options.task), choose_device(options.device)
-    checkpoint = choose(options.model, cuda=device.type == "cuda", environment=os.environ, root=PROJECT)
+    checkpoint = choose(options.model, cuda=device.type == "cuda")
     first_image = time_to_first_image(options) if budget.left > 2 * JOB_LIMIT else None
     own = checkpoint.resolution_for(task.size)
     resolutions = options.resolution or ([own, own // 2] if own >= 256 else [own])
@@ -110,13 +101,13 @@ def time_to_first_image(options: argparse.Namespace) -> float | None:
         command = [sys.executable, "-m", "submission", options.task, "--output", folder, "--budget", f"{JOB_LIMIT:g}s"]
         command += ["--model", options.model, "--device", options.device, "--devices", "1"]
         path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-        finished = subprocess.run(
+        completed = subprocess.run(
             command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
         )
-        if finished.returncode == BudgetError.exit_code:
+        if completed.returncode == BudgetError.exit_code:
             return None
-        if finished.returncode:
-            raise InputFileError(f"{' '.join(command[2:])} failed: {finished.stderr.strip()}")
+        if completed.returncode:
+            raise InputFileError(f"{' '.join(command[2:])} failed: {completed.stderr.strip()}")
         manifest = json.loads((Path(folder) / f"{load_task(options.task).name}.json").read_text())
     return float(manifest["first_image_seconds"])
 
@@ -178,24 +169,20 @@ def measure_decoders(
 def measure_compiled(generator: Generator, row: Mapping[str, Any], gemm: float) -> dict[str, Any]:
     """What compiling the UNet, and the VAE's decoder, costs in seconds and comes to; nothing where it fails."""
     device, batch = generator.sampler.device, row["batch_size"]
-    pipeline.compile_blocks(generator.sampler.unet)
     step = unet_step(generator, batch)
-    began = time.perf_counter()
+    pipeline.compile_blocks(generator.sampler.unet)
     try:
-        step()
+        took = fastest(step, device, 1)
     except torch._dynamo.exc.TorchDynamoException as error:
         print(f"warning: torch cannot compile here ({first_line(error)})", file=sys.stderr)
         pipeline.undo_compilation(generator.sampler.unet)
         return {}
-    took = time.perf_counter() - began
     rate = batch / fastest(step, device, TRIALS)
     pipeline.undo_compilation(generator.sampler.unet)
-    full, latents = full_decoder(generator.vae, generator.task.size), torch.randn(DECODED, 4, *step().shape[2:])
-    latents = latents.to(device)
+    full = full_decoder(generator.vae, generator.task.size)
+    latents = torch.randn(DECODED, 4, *step().shape[2:]).to(device)
     pipeline.compile_vae(generator.vae)
-    began = time.perf_counter()
-    decode(full, latents)
-    decoder_took = time.perf_counter() - began
+    decoder_took = fastest(lambda: decode(full, latents), device, 1)
     decoder_rate = len(latents) / fastest(lambda: decode(full, latents), device, TRIALS)
     pipeline.undo_compilation(generator.vae)
     return {
@@ -254,11 +241,11 @@ def table(figures: dict[str, Any]) -> str:
         add(f"{px}, ten minutes by {plan['decoder']}", plan["images_per_second"], None, f"images per class: {ipc}")
     lines.append(f"first image after {'?' if first is None else f'{first:.1f}'} s of a job of its own")
     lines.append(f"peak memory {figures['peak_memory_bytes'] / 1e9:.1f} GB; took {figures['took_seconds']:.0f} s")
-    lines.append(readme_row(figures))
+    lines.append(table_row(figures))
     return "\n".join(lines)
 
 
-def readme_row(figures: Mapping[str, Any]) -> str:
+def table_row(figures: Mapping[str, Any]) -> str:
     """A line for the table of cards."""
     rows, first = figures["resolutions"], figures["first_image_seconds"]
     shares = [row.get("compiled_unet_fraction_of_gemm", row["unet_fraction_of_gemm"]) for row in rows]

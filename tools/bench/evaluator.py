@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from submission.arguments import add_device, number_from
 from submission.machine.device import choose_device
+from submission.machine.memory import keep_freed_memory
 from tools.scoring import dsa
 from tools.scoring.convnet import ConvNet
 from tools.scoring.fast import make_forward, probe
-from tools.scoring.training import BATCH_SIZE, Schedule, keep_freed_memory, train
+from tools.scoring.training import BATCH_SIZE, Schedule, train
 
 CLASSES = 100
 # SGD steps per turn, and those of an epoch of CIFAR-100 with 500 images per class.
@@ -33,9 +34,9 @@ FULL_RECIPE = 1001 * 50_000  # images of a run on CIFAR-100 with 500 per class
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--size", type=number_from(16), default=32, metavar="PX", help="of the images, pixels (default: 32)")
+    add("--size", type=number_from(16), default=32, metavar="PX", help="of the images, pixels")
     add("--steps", type=number_from(1), metavar="N", help="SGD steps per turn (default: 6, on a GPU 1,000)")
-    add("--turns", type=number_from(1), default=7, metavar="N", help="turns a side (default: 7)")
+    add("--turns", type=number_from(1), default=7, metavar="N", help="turns a side")
     add_device(parser)
 
 

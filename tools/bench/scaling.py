@@ -25,9 +25,9 @@ RUN = Path(__file__).resolve().parents[2] / "run.sh"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--seconds", type=number_from(1), default=90, metavar="S", help="a run's budget, seconds (default: 90)")
-    add("--turns", type=number_from(1), default=3, metavar="N", help="runs a side (default: 3)")
-    add("--devices", type=number_from(2), default=2, metavar="N", help="against one (default: 2)")
+    add("--seconds", type=number_from(1), default=90, metavar="S", help="a run's budget, seconds")
+    add("--turns", type=number_from(1), default=3, metavar="N", help="runs a side")
+    add("--devices", type=number_from(2), default=2, metavar="N", help="against one")
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:

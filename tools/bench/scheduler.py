@@ -12,9 +12,10 @@ import math
 import multiprocessing
 import random
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -188,7 +189,7 @@ def run_ours(trace: Trace) -> Outcome:
     planner, exit_at = Planner(files), trace.seconds - files.budget.exit_reserve
     planner.expect(1, None)
     device = planner.devices[0]
-    device.loaded("made up", "", {}, trace.start)
+    device.loaded("made up", "", {}, 0.0)
     making, remaining = None, 0.0  # the snapshot in the making, and the core's time it still needs
     alone = spent = 0.0
     while size := planner.next_batch(device):
@@ -208,7 +209,7 @@ def run_ours(trace: Trace) -> Outcome:
             return Outcome(0, exit_at)
         clock.now = ends
         rounds = (planner.images + size) // trace.composition.classes
-        planner.observe(device, clock.now - began, size, rounds, disturbed=disturbed)
+        planner.observe(device, clock.now - began, size, rounds, disturbed=disturbed, facts={})
         if making and remaining <= 0:
             files.placed(making)
             files.wrote(making, alone * dice.uniform(0.9, 1.3), spent)
@@ -271,9 +272,9 @@ POLICIES: dict[str, Callable[[Trace], Outcome]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--traces", type=number_from(len(KINDS)), default=2000, metavar="N", help="made-up machines (default: 2000)")
-    add("--seed", type=number_from(0), default=0, metavar="N", help="of the first trace (default: 0)")
-    add("--processes", type=number_from(1), default=2, metavar="N", help="that share the work (default: 2)")
+    add("--traces", type=number_from(len(KINDS)), default=2000, metavar="N", help="made-up machines")
+    add("--seed", type=number_from(0), default=0, metavar="N", help="of the first trace")
+    add("--processes", type=number_from(1), default=2, metavar="N", help="that share the work")
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -281,21 +282,21 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     A trace on which not even the oracle gets a round done is no trial of a policy and is drawn again.
     """
-    jobs = [(KINDS[i % len(KINDS)], options.seed + i) for i in range(options.traces)]
+    traces = [(KINDS[i % len(KINDS)], options.seed + i) for i in range(options.traces)]
     with multiprocessing.get_context("fork").Pool(options.processes) as pool:
-        rows = pool.starmap(_try_all, jobs, chunksize=20)
-    figures: dict[str, Any] = {"traces": len(jobs), "seed": options.seed, "policies": {}}
+        rows = pool.starmap(_try_all, traces, chunksize=20)
+    figures: dict[str, Any] = {"traces": len(traces), "seed": options.seed, "policies": {}}
     for number, name in enumerate(POLICIES):
         tried = [row[number] for row in rows]
         by_kind = {
-            kind: _mean([ratio for (k, _), (ratio, _, _, _) in zip(jobs, tried, strict=True) if k == kind])
+            kind: fmean([ratio for (k, _), (ratio, _, _, _) in zip(traces, tried, strict=True) if k == kind])
             for kind in KINDS
         }
         figures["policies"][name] = {
             "overruns": sum(late for _, late, _, _ in tried),
-            "oracle_ratio": _mean([ratio for ratio, _, _, _ in tried]),
+            "oracle_ratio": fmean([ratio for ratio, _, _, _ in tried]),
             "oracle_ratio_by_trace": by_kind,
-            "unused_share": _mean([unused for _, _, unused, _ in tried]),
+            "unused_share": fmean([unused for _, _, unused, _ in tried]),
             "snapshot_share_max": max(share for _, _, _, share in tried),
         }
     return figures
@@ -308,11 +309,11 @@ def table(figures: dict[str, Any]) -> str:
         ratios = "".join(f"{row['oracle_ratio_by_trace'][kind]:13.3f}" for kind in KINDS)
         lines.append(f"{name:18}{row['overruns']:9,}{row['oracle_ratio']:8.3f}{ratios}")
     ours = figures["policies"]["ours"]
+    unused, snapshots = ours["unused_share"], ours["snapshot_share_max"]
     lines += [
         "",
-        f"ours leaves {ours['unused_share']:.1%} of the budget unused on average, and its snapshots take at most",
+        f"ours leaves {unused:.1%} of the budget unused on average, and its snapshots take at most {snapshots:.1%}",
     ]
-    lines[-1] += f" {ours['snapshot_share_max']:.1%}"
     return "\n".join(lines)
 
 
@@ -355,7 +356,3 @@ class _Clock:
 
 def _ipc(files: FilePlan) -> int:
     return files.in_place.ipc if files.in_place else 0
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0

@@ -38,7 +38,6 @@ from submission.plan.budget import start_budget
 from submission.tasks import load_task
 from tools.bench.timing import fastest, gemm_flops, synchronise, unet_flop, unet_step
 
-PROJECT = Path(__file__).resolve().parents[2]
 COPIES = 4  # of an image, as published
 NEGATIVE_PROMPT = "blurry, cropped, watermark, text"  # which a guidance of 0 ignores
 SETTLE_SECONDS = 600.0  # the budget that the batch size is chosen for
@@ -46,7 +45,7 @@ SETTLE_SECONDS = 600.0  # the budget that the batch size is chosen for
 
 @dataclass(frozen=True)
 class Side:
-    """A way to make images: `make` those of these numbers with their copies, `count` of them a turn."""
+    """A way to make images: `make` those of these numbers with their copies, `count` of them per turn."""
 
     name: str
     count: int
@@ -55,23 +54,13 @@ class Side:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--task", default="cifar100", help="whose prompts (default: cifar100)")
-    add("--model", default="embedded", help="a checkpoint, named as for the job (default: embedded)")
-    add(
-        "--resolution",
-        type=number_from(1),
-        metavar="PX",
-        help="width of the canvas, in pixels (default: the checkpoint's own)",
-    )
-    add(
-        "--batch-size",
-        type=batch_size,
-        metavar="N",
-        help="images made at a time, or auto: what measures best (default: auto)",
-    )
-    add("--decoder", choices=("auto", *RUNGS), default="auto", help="as for the job (default: auto)")
+    add("--task", default="cifar100", help="whose prompts")
+    add("--model", default="embedded", help="a checkpoint, named as for the job")
+    add("--resolution", type=number_from(1), metavar="PX", help="width of the canvas (default: the checkpoint's own)")
+    add("--batch-size", type=batch_size, metavar="N", help="images made at a time (default: auto, what measures best)")
+    add("--decoder", choices=("auto", *RUNGS), default="auto", help="as for the job")
     add("--compile", action="store_true", help="also measure networks that are compiled, last")
-    add("--turns", type=number_from(1), default=5, metavar="N", help="turns a side (default: 5)")
+    add("--turns", type=number_from(1), default=5, metavar="N", help="turns a side")
     add_device(parser)
 
 
@@ -82,7 +71,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     """
     log = Log("kept", start_budget(SETTLE_SECONDS, time.time()))
     device = choose_device(options.device)
-    checkpoint = choose(options.model, cuda=device.type == "cuda", environment=os.environ, root=PROJECT)
+    checkpoint = choose(options.model, cuda=device.type == "cuda")
     image = ImageSpec(load_task(options.task), resolution=options.resolution)
     generator = load_generator(image, checkpoint, device, log, project_prompts=False)
     cheap = replace(generator)

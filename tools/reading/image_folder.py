@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from submission.dataset.dataset_file import mean_and_std
-from submission.errors import InputFileError
+from submission.errors import InputFileError, first_line
+from submission.machine.memory import memory_free
 from submission.tasks import Task, TaskClass
 from submission.tasks.parse import did_you_mean
 from tools.reading.tensor_files import LabelledImages
@@ -36,22 +36,22 @@ def read_class_folders(folder: Path, task: Task) -> LabelledImages | None:
     left alone. None where no class has a folder. Raises InputFileError where some have none, for a file that is no
     image, and where memory does not hold them all; OSError.
     """
-    places = [_place(folder, one) for one in task.classes]
-    if not any(places):
+    folders = [_class_folder(folder, one) for one in task.classes]
+    if not any(folders):
         return None
     files: list[Path] = []
     labels: list[int] = []
-    for one, place in zip(task.classes, places, strict=True):
-        if place is None:
-            there = [path.name for path in folder.iterdir() if path not in places]
+    for one, where in zip(task.classes, folders, strict=True):
+        if where is None:
+            there = [path.name for path in folder.iterdir() if path not in folders]
             close = did_you_mean(difflib.get_close_matches(one.name, there, n=1))
             raise InputFileError(f"{folder}: class {one.name!r} of {task.name} has no folder there{close}")
-        found = find_images(place)
+        found = find_images(where)
         if not found:
-            raise InputFileError(f"{place}: there are no images of class {one.name!r}")
+            raise InputFileError(f"{where}: there are no images of class {one.name!r}")
         files += found
         labels += [one.index] * len(found)
-    need, free = len(files) * 3 * task.size**2 * 4, psutil.virtual_memory().available
+    need, free = len(files) * 3 * task.size**2 * 4, memory_free()
     if need > MEMORY_SHARE * free:
         raise InputFileError(
             f"{folder}: its {len(files):,} images at {task.size} px take {need / 1e9:.1f} GB of memory, and "
@@ -85,8 +85,7 @@ def read_image(file: Path, size: int) -> NDArray[np.uint8]:
                 square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
         return np.array(square)
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise InputFileError(f"{file}: no image that can be read ({reason})") from error
+        raise InputFileError(f"{file}: no image that can be read ({first_line(error)[:160]})") from error
 
 
 def mean_and_deviation(files: Sequence[Path], size: int) -> tuple[list[float], list[float]]:
@@ -104,7 +103,7 @@ def mean_and_deviation(files: Sequence[Path], size: int) -> tuple[list[float], l
     return mean.round(4).tolist(), deviation.round(4).tolist()
 
 
-def _place(folder: Path, one: TaskClass) -> Path | None:
+def _class_folder(folder: Path, one: TaskClass) -> Path | None:
     for name in (one.name, one.wnid):
         # A name with a slash would lead elsewhere.
         if name and Path(name).name == name and (folder / name).is_dir():

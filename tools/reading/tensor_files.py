@@ -12,19 +12,15 @@ from typing import NoReturn
 
 import torch
 
-from submission.errors import InputFileError
+from submission.errors import InputFileError, first_line
 from submission.tasks import Task
 
 # The pickle in an archive with a tensor or two takes a few hundred bytes; all else in it are raw numbers.
 MAX_PICKLE_BYTES = 1 << 16
 # What the pickle of dense tensors, alone or in a dict, refers to; beside these the storage classes, torch.*Storage.
-KNOWN_NAMES = {
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
-    "collections OrderedDict",
-}
+KNOWN_NAMES = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"}
 # Numbers looked at together when searching for NaN and infinity: 16 MB of float32.
-NUMBERS_A_CHUNK = 1 << 22
+NUMBERS_PER_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def read_truth(path: Path, task: Task) -> LabelledImages:
         _refuse(path, f"labels_val has shape {list(labels.shape)}, but there are {len(images):,} images")
     labels = labels.to(torch.int64)
     if not len(labels) or labels.min() < 0 or labels.max() >= len(task.classes):
-        _refuse(path, f"labels_val must hold classes 0 to {len(task.classes) - 1} of {task.name}, one an image")
+        _refuse(path, f"labels_val must hold classes 0 to {len(task.classes) - 1} of {task.name}, one per image")
     return LabelledImages(images, labels)
 
 
@@ -73,7 +69,7 @@ def _load(path: Path) -> object:
     try:
         content: object = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # noqa: BLE001  a malformed file can make the reader raise anything
-        _refuse(path, f"torch cannot read it ({_first_line(error)})")
+        _refuse(path, f"torch cannot read it ({first_line(error)[:120]})")
     return content
 
 
@@ -94,9 +90,9 @@ def _check_archive(path: Path) -> None:
                 _refuse(path, "not a file of one tensor or a dict of tensors written by torch.save")
             pickle = archive.read(pickles[0])
     except zipfile.BadZipFile as error:
-        _refuse(path, f"not a whole file of torch.save, PyTorch 1.6 or newer ({_first_line(error)})")
+        _refuse(path, f"not a whole file of torch.save, PyTorch 1.6 or newer ({first_line(error)[:120]})")
     except (OSError, RuntimeError, NotImplementedError, ValueError) as error:
-        _refuse(path, f"cannot be read ({_first_line(error)})")
+        _refuse(path, f"cannot be read ({first_line(error)[:120]})")
     for name in _names(pickle, path):
         if name not in KNOWN_NAMES and not (name.startswith("torch ") and name.endswith("Storage")):
             _refuse(path, f"it refers to {name.replace(' ', '.')[:80]!r}, which no file of plain dense tensors does")
@@ -112,7 +108,7 @@ def _names(pickle: bytes, path: Path) -> list[str]:
             elif opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
                 _refuse(path, "its pickle imports names in a way that torch.save never does")
     except (ValueError, IndexError, OverflowError) as error:
-        _refuse(path, f"its pickle is damaged ({_first_line(error)})")
+        _refuse(path, f"its pickle is damaged ({first_line(error)[:120]})")
     return names
 
 
@@ -129,7 +125,7 @@ def _checked_images(images: object, task: Task, path: Path, what: str) -> torch.
     if images.numel() * images.element_size() > images.untyped_storage().nbytes():
         _refuse(path, f"{what} claims {images.numel():,} numbers, more than are stored")
     images = images.detach()
-    rows = max(1, NUMBERS_A_CHUNK // (3 * task.size**2))
+    rows = max(1, NUMBERS_PER_CHUNK // (3 * task.size**2))
     if not all(torch.isfinite(chunk).all() for chunk in torch.split(images, rows)):
         _refuse(path, f"{what} holds NaN or infinity")
     return images
@@ -137,7 +133,3 @@ def _checked_images(images: object, task: Task, path: Path, what: str) -> torch.
 
 def _refuse(path: Path, reason: str) -> NoReturn:
     raise InputFileError(f"{path}: {reason}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120]

@@ -2,7 +2,6 @@
 
 import io
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,8 @@ from torch import Tensor
 
 from submission.errors import InputFileError
 
-
-@dataclass(frozen=True)
-class TrainingImages:
-    """`pixels` uint8 `[N, 3, size, size]` in RGB, `labels` int64 `[N]` in the evaluator's class order."""
-
-    pixels: Tensor
-    labels: Tensor
-
-
+# `pixels` uint8 [N, 3, size, size] in RGB, `labels` int64 [N] in the evaluator's class order.
+TrainingImages = tuple[Tensor, Tensor]
 # Where a task's training images lie under the data folder.
 SOURCES = {"cifar100": "cifar100/train", "tinyimagenet": "tinyimagenet/train_150_per_class.zip"}
 
@@ -71,4 +63,4 @@ def _read_zip(path: Path, size: int) -> TrainingImages:
 
 
 def _labelled(images: np.ndarray, labels: list[int]) -> TrainingImages:
-    return TrainingImages(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels))
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)

@@ -24,7 +24,7 @@ class ConvNet(nn.Module):
         for _ in range(DEPTH):
             layers += [
                 nn.Conv2d(channels, WIDTH, kernel_size=3, padding=1),
-                # A group a channel is instance norm with the affine parameters that nn.InstanceNorm2d leaves out.
+                # A group per channel is instance norm with the affine parameters that nn.InstanceNorm2d leaves out.
                 nn.GroupNorm(WIDTH, WIDTH, affine=True),
                 nn.ReLU(inplace=True),
                 nn.AvgPool2d(kernel_size=2, stride=2),

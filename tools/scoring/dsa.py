@@ -121,12 +121,12 @@ def _pixels(length: int, ratio: float) -> int:
 
 
 def _uniform(images: torch.Tensor) -> torch.Tensor:
-    """Random numbers in [0, 1), one an image, [N, 1, 1, 1]."""
+    """Random numbers in [0, 1), one per image, [N, 1, 1, 1]."""
     return torch.rand(len(images), 1, 1, 1, dtype=images.dtype, device=images.device)
 
 
 def _integers(images: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
-    """Random integers, both ends included, one an image, [N, 1, 1, 1]."""
+    """Random integers, both ends included, one per image, [N, 1, 1, 1]."""
     return torch.randint(lowest, highest + 1, size=(len(images), 1, 1, 1), device=images.device)
 
 

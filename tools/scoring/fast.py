@@ -5,7 +5,7 @@ protocol: only rounding differs. Runs are trained one after the other: on a CPU,
 """
 
 import logging
-import time
+import timeit
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -66,9 +66,4 @@ def _matmul_seconds(dtype: torch.dtype, device: torch.device) -> float:
     """The best of a few times for a product of two square matrices, large ones on a GPU, where small take no time."""
     size = 4096 if device.type == "cuda" else 512
     matrix = torch.ones(size, size, dtype=dtype, device=device)
-    seconds = []
-    for _ in range(5):
-        started = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
+    return min(timeit.repeat("(matrix @ matrix)[0, 0].item()", globals=locals(), number=1, repeat=5))

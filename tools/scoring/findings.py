@@ -11,7 +11,7 @@ from submission.tasks import Task
 from tools.reading.tensor_files import LabelledImages, read_submission
 
 # Pixels of images looked at together: 12 MB of float32.
-PIXELS_A_CHUNK = 1 << 20
+PIXELS_PER_CHUNK = 1 << 20
 # How far a number may lie from where it should be: half precision's rounding at the ends of the range.
 TOLERANCE = 0.01
 
@@ -43,7 +43,12 @@ def audit(path: Path, task: Task) -> list[Finding]:
 def inspect(data: LabelledImages, task: Task) -> list[Finding]:
     """All that is wrong with the images of a submission that could be read, the worst first."""
     survey = _survey(data.images)
-    found = [*_normalisation(survey, task), *_flat(survey, data, task), *_repeated(survey, data, task)]
+    found = list(_normalisation(survey, task))
+    if survey.flat:
+        found.append(Finding("flat", True, f"{_which(survey.flat, data, task)} one flat colour"))
+    if survey.repeated:
+        most = len(survey.repeated) > len(data.labels) / 2
+        found.append(Finding("repeated", most, f"{_which(survey.repeated, data, task)} equal to earlier ones"))
     return sorted(found, key=lambda finding: not finding.fatal)
 
 
@@ -52,7 +57,9 @@ def _survey(images: torch.Tensor) -> Survey:
     flat: list[int] = []
     repeated: list[int] = []
     seen: set[bytes] = set()
-    for start, chunk in _chunks(images):
+    step = max(1, PIXELS_PER_CHUNK // images[0, 0].numel())
+    for start in range(0, len(images), step):
+        chunk = images[start : start + step].float().contiguous()
         low = torch.minimum(low, chunk.amin((0, 2, 3)))
         high = torch.maximum(high, chunk.amax((0, 2, 3)))
         is_flat = (chunk.amax((2, 3)) == chunk.amin((2, 3))).all(1)
@@ -63,13 +70,6 @@ def _survey(images: torch.Tensor) -> Survey:
                 repeated.append(start + offset)
             seen.add(digest)
     return Survey(low, high, flat, repeated)
-
-
-def _chunks(images: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Position and content, contiguous float32, of some images at a time."""
-    step = max(1, PIXELS_A_CHUNK // images[0, 0].numel())
-    for start in range(0, len(images), step):
-        yield start, images[start : start + step].float().contiguous()
 
 
 def _normalisation(survey: Survey, task: Task) -> Iterator[Finding]:
@@ -90,17 +90,6 @@ def _normalisation(survey: Survey, task: Task) -> Iterator[Finding]:
             f"the numbers, {low:.4g} to {high:.4g}, go beyond black ({darkest.min():.4g}) or white "
             f"({brightest.max():.4g}): another mean and deviation than {task.name}'s?",
         )
-
-
-def _flat(survey: Survey, data: LabelledImages, task: Task) -> Iterator[Finding]:
-    if survey.flat:
-        yield Finding("flat", True, f"{_which(survey.flat, data, task)} one flat colour")
-
-
-def _repeated(survey: Survey, data: LabelledImages, task: Task) -> Iterator[Finding]:
-    if survey.repeated:
-        most = len(survey.repeated) > len(data.labels) / 2
-        yield Finding("repeated", most, f"{_which(survey.repeated, data, task)} equal to earlier ones")
 
 
 def _which(positions: list[int], data: LabelledImages, task: Task) -> str:

@@ -64,7 +64,7 @@ class Score:
 
     @property
     def std(self) -> float:
-        """Of these runs, not an estimate for others: numpy's and the paper's default."""
+        """Population standard deviation of these runs, as numpy and the paper compute it."""
         return statistics.pstdev(self.accuracies)
 
     @cached_property
@@ -116,7 +116,7 @@ def summary(scores: Sequence[Score]) -> str:
 
 
 def draw_curves(scores: Sequence[Score]) -> bytes:
-    """A PNG of accuracy against SGD steps: in training, a line a run, and on the test images at the end."""
+    """A PNG of accuracy against SGD steps: in training, a line per run, and on the test images at the end."""
     figure = Figure(figsize=(6.4 * len(scores), 4.2), layout="constrained", dpi=120)
     for axes, score in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores, strict=True):
         for number, run in enumerate(score.runs):
@@ -172,7 +172,7 @@ def _curve(measures: Sequence[Measure]) -> dict[str, list[float]]:
 
 
 def _chance(task: Task) -> float:
-    """Accuracy of a guess."""
+    """Accuracy of guessing."""
     return 1 / len(task.classes)
 
 

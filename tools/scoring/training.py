@@ -5,7 +5,6 @@ cross entropy; a new optimiser (its momentum forgotten) at a tenth of the rate a
 Every random number comes from torch's global generators in the reference's order.
 """
 
-import ctypes
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,10 +26,6 @@ WEIGHT_DECAY = 5e-4
 # On a GPU, steps whose measures are read together: it would stand still for each.
 STEPS_UNREAD = 100
 
-# Parameters of glibc's mallopt (malloc.h).
-M_TRIM_THRESHOLD = -1
-M_MMAP_MAX = -4
-
 
 @dataclass(frozen=True)
 class Schedule:
@@ -51,7 +46,7 @@ class Schedule:
             return self.max_steps // 2
         return (self.epochs // 2 + 2) * self._epoch_steps(images)  # after epoch E//2 + 1, counted from 0
 
-    def images_a_step(self, images: int) -> float:
+    def images_per_step(self, images: int) -> float:
         """The mean size of a batch: the last one of an epoch may be smaller."""
         return images / self._epoch_steps(images)
 
@@ -68,26 +63,6 @@ class Measure:
 
     loss: float
     accuracy: float
-
-
-def keep_freed_memory() -> None:
-    """Have the process keep memory that it frees, where the C library is glibc; for the rest of its life.
-
-    glibc otherwise maps every large activation anew, and the kernel zeroes its pages, in every step: four tenths of
-    the time of a step on a CPU. Results stay the same to the bit; the process takes up to half as much memory again.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)  # never
-
-
-@dataclass(frozen=True)
-class Tested:
-    """What a network makes of a test set."""
-
-    measure: Measure
-    predictions: torch.Tensor  # int64 [N] on the CPU, the class of each image in the set's order
 
 
 def train(
@@ -205,10 +180,13 @@ def _read(
 
 
 @torch.no_grad()
-def assess(net: ConvNet, images: torch.Tensor, labels: torch.Tensor, batch_size: int = BATCH_SIZE) -> Tested:
-    """Predictions, mean loss and accuracy on the images as they are; arguments as for `train`.
+def assess(
+    net: ConvNet, images: torch.Tensor, labels: torch.Tensor, batch_size: int = BATCH_SIZE
+) -> tuple[Measure, torch.Tensor]:
+    """Mean loss and accuracy on the images as they are, and predictions in their order, int64 [N] on the CPU.
 
-    The order is random, as the reference's is: it matters to the random numbers that the next run gets.
+    Arguments are those of `train`. The order in which images are looked at is random, as the reference's is: it matters
+    to the random numbers that the next run gets.
     """
     device = next(net.parameters()).device
     net.eval()
@@ -219,7 +197,7 @@ def assess(net: ConvNet, images: torch.Tensor, labels: torch.Tensor, batch_size:
         measure = Measure(F.cross_entropy(logits, targets).item(), _accuracy(logits, targets))
         batches.append((len(indices), measure))
         predictions[indices] = logits.argmax(dim=1).cpu()
-    return Tested(_mean(batches), predictions)
+    return _mean(batches), predictions
 
 
 def _random_order(images: int, batch_size: int) -> DataLoader[torch.Tensor]:

@@ -53,13 +53,7 @@ class Teacher:
 
 
 def train_diffusion(
-    networks: Networks,
-    unet: Any,
-    progress: Progress,
-    prompts: Prompts,
-    latents: Tensor,
-    labels: Tensor,
-    total: int,
+    networks: Networks, unet: Any, progress: Progress, prompts: Prompts, latents: Tensor, labels: Tensor, total: int
 ) -> None:
     """Train a teacher's UNet and both text encoders, for `total` steps, to predict v from noisy latents.
 

@@ -58,12 +58,7 @@ def make_pairs(teacher: Teacher, prompts: Prompts, generator: torch.Generator) -
 
 
 def train_distil(
-    networks: Networks,
-    progress: Progress,
-    encoded: Conditioning,
-    pairs: Pairs,
-    total: int,
-    on_save: Callable[[], None],
+    networks: Networks, progress: Progress, encoded: Conditioning, pairs: Pairs, total: int, on_save: Callable[[], None]
 ) -> None:
     """Train the student, `networks.unet`, for `total` steps on pairs."""
     device = pairs.noise.device

@@ -13,12 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    EulerAncestralDiscreteScheduler,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -90,7 +85,9 @@ def build_tokenizer(prompts: Sequence[str], vocabulary: int = VOCABULARY) -> Any
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     learner.train_from_iterator(words, trainers.BpeTrainer(vocab_size=vocabulary, show_progress=False))
     back = str.maketrans({character: symbol for symbol, character in characters.items()})
-    learnt = [(left.translate(back), right.translate(back)) for left, right in _merges(learner)]
+    learnt = [
+        (left.translate(back), right.translate(back)) for left, right in json.loads(learner.to_str())["model"]["merges"]
+    ]
     ids = {symbol: i for i, symbol in enumerate(symbols)}
     merges = learnt[: vocabulary - len(ids) - 2]
     for left, right in merges:
@@ -98,10 +95,6 @@ def build_tokenizer(prompts: Sequence[str], vocabulary: int = VOCABULARY) -> Any
     for special in (BEGIN, END):
         ids[special] = len(ids)
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=MAX_TOKENS)
-
-
-def _merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
-    return [(left, right) for left, right in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def build_networks(prompts: Sequence[str]) -> Networks:
@@ -221,18 +214,13 @@ def one_step_latents(networks: Networks, noise: Tensor, conditioning: Conditioni
     x = sigma n, hands the UNet x / sqrt(sigma^2 + 1), and takes x0 = x / (sigma^2 + 1) - v sigma / sqrt(sigma^2 + 1)
     (Salimans & Ho 2022, progressive distillation, in the scheduler's variance-exploding form).
     """
-    sigma = last_sigma(networks.scheduler)
+    final = networks.scheduler.alphas_cumprod[-1].item()
+    sigma = ((1 - final) / final) ** 0.5
     x = noise * sigma
     last = torch.full((len(noise),), networks.scheduler.config.num_train_timesteps - 1, device=noise.device)
     v = predict_v(networks.unet, x / (sigma**2 + 1) ** 0.5, last, conditioning)
     latents: Tensor = x / (sigma**2 + 1) - v * sigma / (sigma**2 + 1) ** 0.5
     return latents
-
-
-def last_sigma(scheduler: Any) -> float:
-    """sigma at the last training timestep, where the one step begins."""
-    final = scheduler.alphas_cumprod[-1].item()
-    return float(((1 - final) / final) ** 0.5)
 
 
 def save_networks(networks: Networks, folder: Path) -> None:

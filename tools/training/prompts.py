@@ -1,5 +1,6 @@
 """The prompts that the training asks for: every class of all tasks, in each style, and none at all."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,13 @@ from tools.training.layout import Conditioning, Networks, encode, token_ids
 # How often a class is asked for in each style. `described` is the default; `diverse` has eight phrasings to learn.
 STYLE_SHARES: dict[PromptStyle, float] = {"label": 0.2, "described": 0.55, "diverse": 0.25}
 ENCODED_AT_ONCE = 512
+
+
+def all_prompts(tasks: Sequence[Task]) -> list[str]:
+    """What a tokenizer learns its words from."""
+    return [
+        prompt for task in tasks for style in STYLE_SHARES for phrasing in task.prompts(style) for prompt in phrasing
+    ]
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def fixed(**values: float) -> Parameters:
     return replace(unchanged(1), **{name: np.array([value]) for name, value in values.items()})
 
 
-def identities(count: int) -> NDArray[np.int64]:
+def keys(count: int) -> NDArray[np.int64]:
     """`count` different rows (class, round, copy), of ten classes."""
     index = np.arange(count)
     return np.stack([index % 10, index // 40, index // 10 % 4], 1)
@@ -191,7 +191,7 @@ def test_outcomes_are_distributed_as_albumentations(
     picture = ramps()
     theirs = np.stack([reference(image=picture.astype(np.float32) / 255)["image"] for _ in range(DRAWS)]) * 255.0
 
-    drawn = draw(identities(DRAWS), 1, "paper")
+    drawn = draw(keys(DRAWS), 1, "paper")
     parameters = replace(unchanged(DRAWS), **{name: getattr(drawn, name) for name in names})
     ours = levels(apply(batch(picture, DRAWS), parameters))
 
@@ -227,7 +227,7 @@ MANY = 20_000
 def test_parameters_are_uniform_where_applied(
     style: PdaStyle, name: str, neutral: float, applied: float, low: float, high: float
 ) -> None:
-    values = getattr(draw(identities(MANY), 2, style), name)
+    values = getattr(draw(keys(MANY), 2, style), name)
     changed = values[values != neutral]
     assert len(changed) / MANY == pytest.approx(applied, abs=0.014)  # 4 standard deviations at a half
     if low == high:
@@ -239,7 +239,7 @@ def test_parameters_are_uniform_where_applied(
 
 @pytest.mark.parametrize("style", STYLES)
 def test_parameters_are_independent_of_each_other(style: PdaStyle) -> None:
-    drawn = draw(identities(MANY), 3, style)
+    drawn = draw(keys(MANY), 3, style)
     columns = np.array([getattr(drawn, field.name) for field in fields(Parameters)])
     columns = columns[columns.std(1) > 0]
     if style == "natural":
@@ -257,7 +257,7 @@ def test_parameters_are_independent_of_each_other(style: PdaStyle) -> None:
 
 
 def test_natural_stays_upright_and_inside_the_image() -> None:
-    drawn = draw(identities(MANY), 4, "natural")
+    drawn = draw(keys(MANY), 4, "natural")
     assert (drawn.flip_y == 1).all()
     assert (drawn.gamma == 1).all()
     for shift in (drawn.shift_x, drawn.shift_y):
@@ -267,7 +267,7 @@ def test_natural_stays_upright_and_inside_the_image() -> None:
 
 def test_natural_colour_keeps_grey_grey_and_centred() -> None:
     grey = np.full((8, 8, 3), 127, np.uint8)
-    drawn = replace(draw(identities(400), 5, "natural"), angle=np.zeros(400))
+    drawn = replace(draw(keys(400), 5, "natural"), angle=np.zeros(400))
     made = levels(apply(batch(grey, 400), drawn))
     assert np.ptp(made, axis=(1, 2, 3)).max() < LEVELS
     assert np.abs(made.mean((1, 2, 3)) - 127.5).max() < 255 * 0.08 + 1
@@ -292,7 +292,7 @@ def test_saturation_is_that_of_pillow(saturation: float) -> None:
 def test_geometry_is_that_of_scipy(style: PdaStyle, picture: Array) -> None:
     """Flip, rotation, zoom and shift together, each output pixel's place in the input worked out from the words."""
     count = 12
-    drawn = draw(identities(count), 6, style)
+    drawn = draw(keys(count), 6, style)
     plain = unchanged(count)
     shape_only = replace(drawn, gain=plain.gain, saturation=plain.saturation, offset=plain.offset, gamma=plain.gamma)
     made = levels(apply(batch(picture, count), shape_only))
@@ -312,9 +312,7 @@ def test_geometry_is_that_of_scipy(style: PdaStyle, picture: Array) -> None:
 def test_neutral_parameters_and_style_none_change_nothing(picture: Array) -> None:
     images = batch(picture, 3)
     np.testing.assert_allclose(levels(apply(images, unchanged(3))), levels(images / 255), rtol=0, atol=LEVELS)
-    np.testing.assert_allclose(
-        levels(augment(images, identities(3), 0, "none")), levels(images / 255), rtol=0, atol=LEVELS
-    )
+    np.testing.assert_allclose(levels(augment(images, keys(3), 0, "none")), levels(images / 255), rtol=0, atol=LEVELS)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -322,7 +320,7 @@ def test_neutral_parameters_and_style_none_change_nothing(picture: Array) -> Non
 def test_result_is_float32_in_0_to_1_and_the_input_untouched(style: PdaStyle, value: int | None) -> None:
     images = batch(noisy(16, 16) if value is None else np.full((16, 16, 3), value, np.uint8), 300)
     before = images.clone()
-    made = augment(images, identities(300), 7, style)
+    made = augment(images, keys(300), 7, style)
     assert made.dtype == torch.float32
     assert made.shape == images.shape
     assert made.min() >= 0  # NaN fails here too
@@ -363,25 +361,25 @@ def test_groups_join_up(style: PdaStyle) -> None:
     size = 64
     count = 2 * GROUP_PIXELS // size**2 + 3
     images = batch(noisy(size, size), count)
-    whole = augment(images, identities(count), 8, style)
-    parts = [augment(images[i::7], identities(count)[i::7], 8, style) for i in range(7)]
+    whole = augment(images, keys(count), 8, style)
+    parts = [augment(images[i::7], keys(count)[i::7], 8, style) for i in range(7)]
     for i, part in enumerate(parts):
         torch.testing.assert_close(whole[i::7], part, rtol=0, atol=1e-5)
 
 
 def test_no_images_make_no_copies() -> None:
-    assert augment(torch.empty(0, 3, 8, 8, dtype=torch.uint8), identities(0), 0, "paper").shape == (0, 3, 8, 8)
+    assert augment(torch.empty(0, 3, 8, 8, dtype=torch.uint8), keys(0), 0, "paper").shape == (0, 3, 8, 8)
 
 
 @pytest.mark.parametrize(
     ("images", "rows"),
     [
-        (torch.zeros(2, 3, 8, 8), identities(2)),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), identities(2)),
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), identities(3)),
-        (torch.zeros(2, 3, 8, 1, dtype=torch.uint8), identities(2)),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), identities(3)),
-        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), identities(2)[:, :2]),
+        (torch.zeros(2, 3, 8, 8), keys(2)),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.uint8), keys(2)),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), keys(3)),
+        (torch.zeros(2, 3, 8, 1, dtype=torch.uint8), keys(2)),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), keys(3)),
+        (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), keys(2)[:, :2]),
     ],
 )
 def test_wrong_shapes_and_types_are_refused(images: Tensor, rows: NDArray[np.int64]) -> None:

@@ -203,7 +203,7 @@ def accuracies_after(made: decoder.Decoder, found: torch.Tensor) -> torch.Tensor
         net = ConvNet(100, 32)
         forward = make_forward(net, BATCH_SIZE, probe(net, BATCH_SIZE))
         train(net, (pixels / 255 - mean) / std, labels, Schedule(max_steps=600), forward=forward)
-        accuracies.append(assess(net, *real_test_images(CIFAR100)).measure.accuracy)
+        accuracies.append(assess(net, *real_test_images(CIFAR100))[0].accuracy)
     return torch.tensor(accuracies)
 
 
@@ -211,7 +211,7 @@ def test_decoding_in_parts_and_resizing(vae: Any, monkeypatch: pytest.MonkeyPatc
     full = full_decoder(vae, 8)
     whole, _ = decode(full, latents(5))
     assert whole.shape == (5, 3, 8, 8) and whole.dtype == torch.uint8
-    monkeypatch.setattr(decoder, "canvases_a_pass", lambda *_: 1)
+    monkeypatch.setattr(decoder, "canvases_per_pass", lambda *_: 1)
     parts, _ = decode(full, latents(5))
     assert (whole.int() - parts.int()).abs().max() <= 1
 

@@ -44,7 +44,8 @@ def batch_done(planner: Planner, size: int, seconds: float, device: int = 0) -> 
     """A device takes so many images in hand and comes back with them; True where that was an outage."""
     one = planner.devices[device]
     one.give(np.arange(size), planner.budget.elapsed)
-    return planner.observe(one, seconds, size, (planner.images + size) // planner.files.composition.classes)
+    rounds = (planner.images + size) // planner.file_plan.composition.classes
+    return planner.observe(one, seconds, size, rounds, disturbed=False, facts={})
 
 
 def next_batch(planner: Planner) -> int:
@@ -54,7 +55,7 @@ def next_batch(planner: Planner) -> int:
 
 def generate(planner: Planner, clock: FakeClock, seconds_per_image: float) -> None:
     """Batches until the planner wants no more; files cost what they are expected to."""
-    files = planner.files
+    files = planner.file_plan
     while size := next_batch(planner):
         clock.now += size * seconds_per_image
         batch_done(planner, size, size * seconds_per_image)

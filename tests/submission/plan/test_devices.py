@@ -27,7 +27,7 @@ def make(device: Device, seconds: float, now: float = 0.0) -> bool:
 
 
 def comes_back(device: Device, now: float, seconds: float) -> bool:
-    return device.came_back(now, seconds, BATCH, 600.0, disturbed=False)
+    return device.came_back(now, seconds, BATCH, 600.0, disturbed=False, facts={"compiled": True})
 
 
 @pytest.mark.parametrize(("left", "compiles"), [(PAYS + 1, True), (PAYS - 1, False)])

@@ -8,18 +8,18 @@ from tests.submission.plan.made_up import batch_done, generate, make_planner, ne
 
 def test_the_first_round_is_written_at_once_and_later_files_are_worth_their_while() -> None:
     planner, clock = make_planner(1000, batch=10)
-    assert planner.files.due() is None
+    assert planner.file_plan.due() is None
     sizes, spent = [], 0.0
     while size := next_batch(planner):
         clock.now += 1.0
         batch_done(planner, size, 1.0)
-        if (extent := planner.files.due()) is not None:
+        if (extent := planner.file_plan.due()) is not None:
             sizes.append(extent.rounds)
-            spent += planner.files.cost.mean(extent)
-            planner.files.placed(extent)
-            planner.files.wrote(extent, planner.files.cost.mean(extent), planner.files.cost.mean(extent))
+            spent += planner.file_plan.cost.mean(extent)
+            planner.file_plan.placed(extent)
+            planner.file_plan.wrote(extent, planner.file_plan.cost.mean(extent), planner.file_plan.cost.mean(extent))
     assert sizes[0] == 1 and all(b >= 1.05 * a for a, b in pairwise(sizes))
-    assert spent <= 0.03 * 1000 and sizes[-1] > 0.8 * planner.files.rounds
+    assert spent <= 0.03 * 1000 and sizes[-1] > 0.8 * planner.file_plan.rounds
 
 
 def test_a_job_told_to_stop_is_gone_before_a_container_is_killed() -> None:
@@ -37,18 +37,18 @@ def test_a_job_told_to_stop_is_gone_before_a_container_is_killed() -> None:
 def test_a_last_file_that_is_too_slow_gives_way_to_a_smaller_one() -> None:
     planner, clock = make_planner(100, copies=0)
     batch_done(planner, 100_000, 50)
-    planner.files.cost.observe(Extent(1000, 1000), 1.0)
-    planner.files.placed(Extent(1000, 1000))
+    planner.file_plan.cost.observe(Extent(1000, 1000), 1.0)
+    planner.file_plan.placed(Extent(1000, 1000))
     clock.now = 80
-    whole = planner.files.last_file()
+    whole = planner.file_plan.last_file()
     assert whole == Extent(10_000, 10_000)
     clock.now = 84
-    assert not planner.files.too_slow(whole, 80, 0.5), "it will be done at 88"
-    assert planner.files.too_slow(whole, 80, 0.1), "it would be done at 120"
-    smaller = planner.files.last_file()
+    assert not planner.file_plan.too_slow(whole, 80, 0.5), "it will be done at 88"
+    assert planner.file_plan.too_slow(whole, 80, 0.1), "it would be done at 120"
+    smaller = planner.file_plan.last_file()
     assert smaller is not None and 1000 < smaller.ipc < 8000
     clock.now = 99
-    assert planner.files.last_file() is None, "what is in place has to do"
+    assert planner.file_plan.last_file() is None, "what is in place has to do"
 
 
 def test_the_guard_takes_over_when_the_file_should_have_been_begun() -> None:
@@ -69,4 +69,4 @@ def test_time_for_what_comes_afterwards_is_kept_unless_a_signal_takes_it() -> No
     generate(planner, clock, 0.01)
     assert 4 < planner.budget.usable - plain.budget.usable < 6
     planner.budget.hurry()
-    assert planner.files.closing_reserve < 1
+    assert planner.file_plan.closing_reserve < 1

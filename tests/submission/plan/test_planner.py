@@ -5,27 +5,33 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from submission.plan.estimates import Composition, Extent, FileCost, Pace
-from submission.plan.planner import BATCHES_BEFORE_GIVING_UP, Planner, make_plan
+from submission.plan.estimates import Composition, Extent
+from submission.plan.planner import BATCHES_BEFORE_GIVING_UP, Planner
 from tests.submission.plan.made_up import FakeClock, batch_done, generate, make_planner, next_batch
 from tools.bench import scheduler as simulator
 
 compositions = st.builds(Composition, st.integers(2, 200), st.integers(0, 6), st.integers(1, 2000))
-costs = st.builds(FileCost, st.integers(2, 200), st.floats(0, 5), st.floats(1e-6, 0.01), st.floats(1e-6, 0.01))
-paces = st.builds(Pace, st.floats(1e-4, 10), st.floats(0, 1), st.just(5))
 
 
-@given(st.floats(0, 5000), st.integers(0, 5000), st.integers(1, 64), paces, costs, compositions)
+@given(st.floats(1, 5000), st.integers(1, 200), st.integers(1, 64), st.floats(1e-4, 1), compositions)
 def test_a_plan_fits_and_one_more_round_would_not(
-    left: float, images: int, batch: int, pace: Pace, cost: FileCost, composition: Composition
+    seconds: float, batches: int, batch: int, pace: float, composition: Composition
 ) -> None:
-    images = min(images, composition.cap * composition.classes)
+    """With as many batches done as the cap allows, each taking what the pace says."""
+    planner, clock = make_planner(
+        seconds, batch=batch, classes=composition.classes, copies=composition.copies, cap=composition.cap
+    )
+    for _ in range(min(batches, composition.cap * composition.classes // batch)):
+        clock.now += batch * pace
+        batch_done(planner, batch, batch * pace)
+    left, images = planner.budget.usable, planner.total_images
     done = images // composition.classes
 
     def total(rounds: int) -> float:
-        return pace.bound(max(0, rounds * composition.classes - images), batch) + cost.bound(composition.extent(rounds))
+        missing = max(0, rounds * composition.classes - images)
+        return planner.generate(missing) + planner.file_plan.reserve(composition.extent(rounds))
 
-    plan = make_plan(left, images, lambda count: pace.bound(count, batch), cost.bound, composition)
+    plan = planner.plan()
     assert done <= plan.rounds <= max(done, composition.cap)
     assert plan.ipc == composition.ipc(plan.rounds)
     assert plan.rounds == done or total(plan.rounds) <= left
@@ -44,14 +50,14 @@ def test_a_batch_of_many_rounds_is_not_repeated_when_time_is_short() -> None:
     planner, clock = make_planner(20, batch=100, copies=0)
     clock.now = 15
     batch_done(planner, next_batch(planner), 10.0)
-    assert planner.files.rounds == 10
+    assert planner.file_plan.rounds == 10
     assert next_batch(planner) <= 10, "at most the one round that still fits"
 
 
 def test_the_cap_ends_a_job_early() -> None:
     planner, clock = make_planner(600, cap=7)
     generate(planner, clock, 0.01)
-    assert planner.files.rounds == 7 and clock.now < 30 and planner.files.last_file() == Extent(7, 7)
+    assert planner.file_plan.rounds == 7 and clock.now < 30 and planner.file_plan.last_file() == Extent(7, 7)
 
 
 def test_a_stall_early_on_does_not_end_the_job() -> None:
@@ -64,7 +70,7 @@ def test_a_stall_early_on_does_not_end_the_job() -> None:
         took = 20.0 if batch == 10 else 0.1
         clock.now += took
         stalls += batch_done(planner, size, took)
-    unused = planner.budget.usable - planner.files.reserve(planner.files.whole)
+    unused = planner.budget.usable - planner.file_plan.reserve(planner.file_plan.whole)
     assert 0 <= unused < 1 and stalls == 1
 
 
@@ -75,7 +81,7 @@ def test_a_budget_is_not_called_too_small_before_larger_batches_are_tried() -> N
         took = 0.1 + 0.01 * size
         clock.now += took
         batch_done(planner, size, took)
-    assert planner.files.rounds >= 1
+    assert planner.file_plan.rounds >= 1
 
 
 def test_a_budget_without_room_for_a_round_is_said_with_what_it_would_need() -> None:
@@ -88,11 +94,11 @@ def test_a_budget_without_room_for_a_round_is_said_with_what_it_would_need() -> 
         return planner
 
     planner = tried(3)
-    assert not planner.files.rounds
+    assert not planner.file_plan.rounds
     text = str(planner.too_small())
     assert "3 s cannot hold one round" in text and "8.0 to start" in text and "5.0 to generate" in text
     suggested = float(text.rpartition("--budget ")[2].removesuffix("s"))
-    assert tried(suggested).files.rounds >= 1, "following the advice helps"
+    assert tried(suggested).file_plan.rounds >= 1, "following the advice helps"
 
 
 def two_devices(seconds: float, paces: tuple[float, float], batch: int = 10) -> tuple[Planner, FakeClock]:
@@ -129,7 +135,7 @@ def test_no_device_is_given_what_would_not_come_back_in_time() -> None:
 
 def test_a_round_that_no_device_makes_alone_in_time_is_shared() -> None:
     planner, clock = two_devices(60, (0.5, 0.5))
-    clock.now = 60 - planner.files.reserve(planner.files.composition.extent(7)) - 3
+    clock.now = 60 - planner.file_plan.reserve(planner.file_plan.composition.extent(7)) - 3
     assert [planner.next_batch(device) for device in planner.devices] == [5, 5], "a whole one takes 5 s"
 
 

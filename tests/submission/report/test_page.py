@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from submission import cli
 from submission.dataset.dataset_file import mean_and_std
-from submission.report.page import places, render
+from submission.report.page import render, shown_positions
 from submission.tasks import Task, TaskClass, load_task
 from tests import browser
 
@@ -169,14 +169,14 @@ def test_a_job_stopped_before_it_generated_anything_has_a_page(made: Made) -> No
     ],
 )
 def test_generated_images_have_their_copies_beside_them(ipc: int, rounds: int, expected: list[list[int]]) -> None:
-    assert places(100, ipc, rounds).tolist() == expected
-    assert places(1000, ipc, rounds).tolist() == expected[:1]
+    assert shown_positions(100, ipc, rounds).tolist() == expected
+    assert shown_positions(1000, ipc, rounds).tolist() == expected[:1]
 
 
 @pytest.mark.parametrize("rounds", [5, 2])
 def test_pictures_show_the_images_of_their_class(made: Made, rounds: int) -> None:
     ipc = made.manifest["ipc"]
-    shown = places(3, ipc, rounds)
+    shown = shown_positions(3, ipc, rounds)
     mean, std = mean_and_std(made.task)
     pixels = (255 * (made.images.float() * std + mean)).numpy().reshape(3, ipc, 3, 16, 16)
     for label, image in enumerate(Elements(made.page_with(rounds=rounds)).all("img")):

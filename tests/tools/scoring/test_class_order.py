@@ -102,7 +102,7 @@ def judge_after(schedule: Schedule, images: torch.Tensor, every: int, seed: int,
     forward = make_forward(net, schedule.batch_size, probe(net, schedule.batch_size)) if fast else net
     train(net, images, torch.arange(100).repeat_interleave(10), schedule, forward=forward)
     tests, labels = real_test_images(CIFAR100)
-    return judge(CIFAR100, labels[::every], [assess(net, tests[::every], labels[::every]).predictions])
+    return judge(CIFAR100, labels[::every], [assess(net, tests[::every], labels[::every])[1]])
 
 
 def test_real_images_in_the_superclass_order() -> None:

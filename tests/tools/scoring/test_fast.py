@@ -104,7 +104,7 @@ def test_both_protocols_score_alike() -> None:
             net = ConvNet(100, 32)
             forward = make_forward(net, 256, probe(net, 256)) if fast else net
             train(net, training, labels, Schedule(max_steps=60), forward=forward)
-            found.append(assess(net, *real_test_images(task)).measure.accuracy)
+            found.append(assess(net, *real_test_images(task))[0].accuracy)
         accuracies.append(torch.tensor(found))
     official, fast_ones = accuracies
     print(f"official {official.tolist()}, fast {fast_ones.tolist()}")

@@ -31,7 +31,7 @@ def test_as_recorded(task: str) -> None:
     net = ConvNet(classes, size)
     labels = torch.arange(classes).repeat_interleave(ipc)
     epochs = train(net, images, labels, Schedule(golden["Epoch"], batch_size=golden["batch_size"]))
-    tested = assess(net, test_images, torch.arange(classes), golden["batch_size"]).measure
+    tested = assess(net, test_images, torch.arange(classes), golden["batch_size"])[0]
     # A processor sums in its own order, and rounding can turn an image whose two best classes are nearly level.
     for measure, (loss, accuracy) in zip(
         [*epochs, tested], [*golden["train_loss_acc"], golden["test_loss_acc"]], strict=True
@@ -89,7 +89,7 @@ def test_successive_runs_equal_the_plain_loop() -> None:
     for plain_net, plain_measures, plain_tested in plain:
         net = ConvNet(CLASSES, SIZE)
         measures = train(net, images, labels, Schedule(4, batch_size=8))
-        tested = assess(net, *tests, batch_size=8).measure
+        tested = assess(net, *tests, batch_size=8)[0]
         for name, tensor in net.state_dict().items():
             torch.testing.assert_close(tensor, plain_net.state_dict()[name], atol=1e-7, rtol=1e-5)
         for ours, theirs in zip([*measures, tested], [*plain_measures, plain_tested], strict=True):
@@ -160,7 +160,7 @@ def test_half_precision_files_train_as_the_numbers_they_hold() -> None:
 def test_freed_memory_is_kept() -> None:
     program = """
 import resource, torch
-from tools.scoring.training import keep_freed_memory
+from submission.machine.memory import keep_freed_memory
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):

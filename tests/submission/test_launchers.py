@@ -5,8 +5,8 @@ import os
 import pytest
 
 from submission import cli
-from submission.engine.launchers import LAUNCHERS, started_by_launcher
 from submission.errors import UsageError
+from submission.launchers import LAUNCHERS, rank_and_count
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +23,7 @@ def under(monkeypatch: pytest.MonkeyPatch, **told: int) -> None:
 
 
 def test_a_process_alone_is_the_first_of_one() -> None:
-    assert started_by_launcher() == (0, 1)
+    assert rank_and_count() == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_one_of_several_leaves_at_once(
     told: dict[str, int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     under(monkeypatch, **told)
-    assert started_by_launcher() == (2, 4)
+    assert rank_and_count() == (2, 4)
     assert cli.main(["cifar100", "--output", "/no/where"]) == 0
     assert capsys.readouterr().out == "process 2 of 4 leaves: the first one drives all devices of this machine\n"
 
@@ -65,4 +65,4 @@ def test_several_machines_are_shown_the_way(
 def test_what_is_no_number_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PMI_SIZE", "two")
     with pytest.raises(UsageError, match="PMI_SIZE=two in the environment"):
-        started_by_launcher()
+        rank_and_count()

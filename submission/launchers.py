@@ -15,7 +15,7 @@ LAUNCHERS = (
 )
 
 
-def started_by_launcher() -> tuple[int, int]:
+def rank_and_count() -> tuple[int, int]:
     """Which process this is, and of how many that a launcher started on this machine.
 
     Raises UsageError where it started some on others, too, and says what does instead.
