@@ -71,7 +71,7 @@ def actors(pid: int | None) -> list[psutil.Process]:
     found = []
     for process in below(pid):
         with suppress(psutil.NoSuchProcess):
-            if process.cmdline() and process.cmdline()[0].startswith(ACTOR):
+            if "".join(process.cmdline()[:1]).startswith(ACTOR):
                 found.append(process)
     return sorted(found, key=lambda process: process.pid)
 
