@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,23 +35,32 @@ def run(project: Path, *arguments: str, **environment: str) -> tuple[int, list[s
     return process.returncode, lines
 
 
-def test_the_first_start_installs_and_the_second_does_not(project: Path) -> None:
-    install = [
-        "pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt",
+def installing(requirements: str) -> list[str]:
+    return [
+        f"python -m pip install --quiet --disable-pip-version-check --no-compile -r {requirements}",
         "python -m compileall -q -j 0 .venv/lib",
     ]
-    job = "python -m submission cifar100 --budget 90s"
-    assert run(project, "cifar100", "--budget", "90s") == (0, [*install, job])
-    assert run(project, "cifar100", "--budget", "90s") == (0, [job])
-    with (project / "requirements.txt").open("a") as file:
-        file.write("# changed\n")
-    assert run(project, "cifar100", "--budget", "90s") == (0, [*install, job])
+
+
+def test_the_first_start_installs_and_the_second_does_not(project: Path) -> None:
+    job, requirements = "python -m submission cifar100 --budget 90s", project / "requirements.txt"
+    first = requirements.read_text()
+    for text in (first, f"{first}# changed\n", first):
+        requirements.write_text(text)
+        assert run(project, "cifar100", "--budget", "90s") == (0, [*installing("requirements.txt"), job])
+        assert run(project, "cifar100", "--budget", "90s") == (0, [job])
 
 
 def test_a_failed_installation_is_tried_again(project: Path) -> None:
     code, calls = run(project, "cifar100", STUB_EXIT="1")
     assert code == 1 and len(calls) == 1, "the job is not started"
     assert run(project, "cifar100")[1][0] == calls[0]
+
+
+def test_what_is_about_to_be_installed_is_said_with_its_size(project: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run(project, "cifar100")
+    said = capfd.readouterr().err
+    assert "6 GB on disk, most of it PyTorch for NVIDIA GPUs" in said and "PIP_EXTRA_INDEX_URL=INDEX" in said
 
 
 def test_tools_install_what_they_need_and_get_their_arguments(project: Path) -> None:
@@ -83,7 +93,7 @@ def test_tools_install_what_they_need_and_get_their_arguments(project: Path) -> 
 )
 def test_ray_comes_to_those_who_ask_for_several_devices(project: Path, options: str, several: bool) -> None:
     calls = run(project, "cifar100", *options.split())[1]
-    installed = [call.split()[-1] for call in calls if call.startswith("pip")]
+    installed = [call.split()[-1] for call in calls if call.startswith("python -m pip")]
     assert installed == ["requirements.txt", *(["requirements-ray.txt"] if several else [])]
     assert run(project, "cifar100", *options.split())[1] == [f"python -m submission cifar100 {options}"]
 
@@ -108,3 +118,94 @@ def test_an_interpreter_that_is_not_there_is_said(project: Path, capfd: pytest.C
 def test_the_exit_code_is_the_job_s(project: Path) -> None:
     run(project, "cifar100")
     assert run(project, "cifar100", STUB_EXIT="3")[0] == 3
+
+
+# What follows has a real Python, real environments and a real pip, and requirements of which there are none.
+MODULE = "import os, sys\nprint(sys.argv[1:], os.getcwd(), file=open(os.environ['SAID'], 'a'))\n"
+
+
+@pytest.fixture
+def real(tmp_path: Path) -> Path:
+    """A project in a folder with a name that nobody would choose, whose job writes down how it was called."""
+    folder = tmp_path / "a b'c\"d\n$e"
+    (folder / "submission").mkdir(parents=True)
+    (folder / "submission/__init__.py").touch()
+    (folder / "submission/__main__.py").write_text(MODULE)
+    shutil.copy(ROOT / "run.sh", folder)
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-ray.txt"):
+        (folder / name).touch()
+    return folder
+
+
+def start(script: Path, cwd: Path, **environment: str) -> subprocess.Popen[str]:
+    said = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "SAID": str(cwd / "said")}
+    command = [str(script), "cifar100", "a b"]
+    return subprocess.Popen(command, cwd=cwd, env=said | environment, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process: subprocess.Popen[str]) -> str:
+    """What it said on standard error."""
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return said
+
+
+def test_from_anywhere_through_a_link_in_any_environment(real: Path, tmp_path: Path) -> None:
+    """The folder it is called from, and another Python's packages, hold modules of the names that ours imports."""
+    cwd, broken = tmp_path / "cwd", tmp_path / "broken"
+    for folder in (cwd / "tools", broken / "numpy", tmp_path / "bin"):
+        folder.mkdir(parents=True)
+    for module in (cwd / "submission.py", cwd / "random.py", cwd / "tools/__init__.py", broken / "numpy/__init__.py"):
+        module.write_text("raise SystemExit('the wrong module')\n")
+    (broken / "pip.py").write_text("raise SystemExit('the wrong pip')\n")
+    link = tmp_path / "bin/banko"
+    link.symlink_to(real / "run.sh")
+    ended(start(link, cwd, PYTHONPATH=str(broken), PYTHONHOME="/no/where", PYTHONWARNINGS="error"))
+    assert (cwd / "said").read_text() == f"['cifar100', 'a b'] {cwd}\n"
+    assert (real / ".venv/bin/python").exists() and not (tmp_path / "bin/.venv").exists()
+
+
+def test_settings_of_pip_that_would_install_elsewhere_do_not_hold(real: Path, tmp_path: Path) -> None:
+    settings = ("USER", "REQUIRE_VIRTUALENV", "DRY_RUN", "NO_DEPS")
+    told = {f"PIP_{name}": "1" for name in settings} | {"PIP_TARGET": str(tmp_path / "t"), "PIP_PREFIX": "/no"}
+    ended(start(real / "run.sh", tmp_path, **told))
+    assert not (tmp_path / "t").exists()
+
+
+def test_several_first_starts_at_once_install_once(real: Path, tmp_path: Path) -> None:
+    processes = [start(real / "run.sh", tmp_path) for _ in range(4)]
+    said = "".join(ended(process) for process in processes)
+    assert said.count("installing requirements.txt") == 1
+    assert len((tmp_path / "said").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("damage", ["dangling", "upgraded", "without pip"])
+def test_an_environment_that_is_not_whole_is_made_anew(real: Path, tmp_path: Path, damage: str) -> None:
+    ended(start(real / "run.sh", tmp_path))
+    python = real / ".venv/bin/python"
+    if damage == "without pip":
+        (real / ".venv/bin/pip").unlink()
+    else:
+        python.unlink()
+        other = tmp_path / "python3.99"  # of another version than the packages
+        shutil.copy(Path(sys.executable).resolve(), other)
+        python.symlink_to(other if damage == "upgraded" else "/no/python3")
+    assert "installing" in ended(start(real / "run.sh", tmp_path))
+
+
+def test_a_copied_project_has_an_environment_of_its_own(real: Path, tmp_path: Path) -> None:
+    ended(start(real / "run.sh", tmp_path))
+    copy = tmp_path / "copy"
+    shutil.copytree(real, copy, symlinks=True)
+    (copy / "requirements.txt").write_text("# changed\n")
+    before = sorted((path, path.stat().st_mtime_ns) for path in real.rglob("*"))
+    ended(start(copy / "run.sh", tmp_path))
+    assert sorted((path, path.stat().st_mtime_ns) for path in real.rglob("*")) == before
+
+
+def test_line_ends_are_bash_s_on_every_system() -> None:
+    asked = ["git", "check-attr", "eol", "run.sh", ".ci/run", "Dockerfile", "tests/container/build_and_run.sh"]
+    told = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=False)
+    if told.returncode:
+        pytest.skip("this is no checkout of git's")
+    assert [line.split(": ")[-1] for line in told.stdout.splitlines()] == ["lf"] * 4
