@@ -16,7 +16,9 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 gc.disable()
 
 from submission.cli import main  # noqa: E402
+from submission.streams import open_streams  # noqa: E402
 
+open_streams()
 code = main(process_start=PROCESS_START)
 sys.stdout.flush()
 sys.stderr.flush()

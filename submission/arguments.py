@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from submission.errors import BankoError, InputFileError, UsageError
+from submission.streams import open_streams
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -45,6 +46,7 @@ def exit_code_of(
         debug: let errors through, with their tracebacks.
         file_error: what an error of the system about a file is; what a command writes has errors of its own.
     """
+    open_streams()
     try:
         return work() or 0
     except BankoError as error:

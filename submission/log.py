@@ -15,6 +15,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Ta
 from rich.text import Text
 
 from submission.plan.budget import Budget
+from submission.streams import lost_output
 
 LogStyle = Literal["plain", "rich", "json", "kept"]
 
@@ -58,7 +59,7 @@ class Log:
         self._bar: Progress | None = None
         if style == "rich":
             self._bar = Progress(
-                SpinnerColumn(),
+                SpinnerColumn("dots" if sys.stdout.encoding.lower().startswith("utf") else "line"),
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=30),
                 TextColumn("{task.fields[figures]}"),
@@ -105,10 +106,11 @@ class Log:
 
     def facts(self) -> dict[str, object]:
         """The log's part of the manifest. Safe while other threads log."""
+        lost = lost_output()
         return {
             "phases_seconds": {name: round(seconds, 3) for name, seconds in list(self.timings.items())},
             "phases_from_to": {name: [round(end, 2) for end in span] for name, span in list(self.spans.items())},
-            "warnings": list(self.warnings),
+            "warnings": self.warnings + [f"the log could not be written to its end ({lost})"] * bool(lost),
         }
 
     def close(self) -> None:

@@ -259,6 +259,18 @@ def nobody_listens() -> None:
     os.dup2(writer, 1)
 
 
+def reader_gone() -> None:
+    """Nobody reads what is printed any more, from the second line on."""
+    reader, writer = os.pipe()
+    os.dup2(writer, 1)
+    threading.Thread(target=lambda: os.close(reader) if os.read(reader, 1) else None, daemon=True).start()
+
+
+def full_output() -> None:
+    """What is printed goes to a disk that is full."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+
+
 def jumping_clock() -> None:
     """The wall clock is set forward by an hour, then back by a day, and so on. The real one is everybody's."""
     jumps, now = itertools.cycle((3600.0, -86400.0)), time.time

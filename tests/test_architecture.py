@@ -17,9 +17,10 @@ ROOMS: dict[str, set[str]] = {
     "tasks": {"errors"},
     "plan": {"errors"},
     "machine": {"errors"},
-    "arguments": {"errors"},
+    "streams": set(),
+    "arguments": {"errors", "streams"},
     "launchers": {"errors"},
-    "log": {"plan"},
+    "log": {"plan", "streams"},
     "dataset": {"errors", "tasks", "machine"},
     "model": {"errors", "tasks", "plan", "machine", "log"},
     "engine": {"errors", "plan", "machine", "log", "model"},
@@ -27,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "report": {"errors", "tasks", "machine", "dataset", "model"},
     "job": {"errors", "tasks", "plan", "machine", "log", "dataset", "model", "engine", "request", "report"},
     "cli": {"errors", "tasks", "plan", "arguments", "launchers", "log", "model", "engine", "request", "job"},
-    "__main__": {"cli"},
+    "__main__": {"cli", "streams"},
 }
 COMMANDS = {path.stem for path in (ROOT / "tools").glob("*.py")} - {"__init__"}
 MOST_FIELDS = 10

@@ -81,7 +81,7 @@ def make_checkpoint(folder: Path, size: str, seed: int) -> None:
     """Write it into a folder that does not exist yet, or is empty. Raises UsageError, OutputError."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already: name a new folder")
-    configs = {file.relative_to(CONFIGS): json.loads(file.read_text()) for file in CONFIGS.rglob("*.json")}
+    configs = {file.relative_to(CONFIGS): json.loads(file.read_bytes()) for file in CONFIGS.rglob("*.json")}
     if size == "small":
         for component, changes in SMALL.items():
             configs[Path(component) / "config.json"] |= changes

@@ -111,7 +111,7 @@ def rehearse(name: str, task: Task, limit: float, output: Path, options: Sequenc
         faults += [f"{file}: {finding.text}" for finding in audit(file, task) if finding.fatal]
     except InputFileError as error:
         faults.append(str(error))
-    return Rehearsal(seconds, faults, json.loads(beside.read_text()))
+    return Rehearsal(seconds, faults, json.loads(beside.read_bytes()))
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ class Spool:
     def decoder(self) -> Mapping[str, Any] | None:
         """How its rounds were decoded, in the manifest's words, where that is known."""
         try:
-            found = json.loads((self.folder / DECODER).read_text())
+            found = json.loads((self.folder / DECODER).read_bytes())
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) and {"name", "fitted_to", "fidelity_db"} <= set(found) else None
@@ -223,7 +223,7 @@ def _number(descriptor: int, offset: int, stride: int) -> int | None:
 def _compare(label: Path, identity: Mapping[str, str]) -> None:
     """Refuses to continue rounds that another job made, naming the difference."""
     try:
-        theirs = json.loads(label.read_text())
+        theirs = json.loads(label.read_bytes())
     except ValueError:
         theirs = None
     if not isinstance(theirs, dict):

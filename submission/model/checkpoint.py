@@ -283,7 +283,7 @@ def _cross_attention_width(file: Path) -> int:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text())
+        content = json.loads(file.read_bytes())
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing: not a checkpoint in SDXL's layout, or not all of it") from error
     except OSError as error:

@@ -45,7 +45,7 @@ def write_report(dataset: Path, task: Task) -> Path:
 
     Raises OSError where these cannot be read, and OutputError.
     """
-    manifest, page = json.loads(dataset.with_suffix(".json").read_text()), dataset.with_suffix(".html")
+    manifest, page = json.loads(dataset.with_suffix(".json").read_bytes()), dataset.with_suffix(".html")
     images = torch.load(dataset, mmap=True, weights_only=True)
     write_whole(page, render(task, manifest, images).encode())
     return page

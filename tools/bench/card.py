@@ -108,7 +108,7 @@ def time_to_first_image(options: argparse.Namespace) -> float | None:
             return None
         if completed.returncode:
             raise InputFileError(f"{' '.join(command[2:])} failed: {completed.stderr.strip()}")
-        manifest = json.loads((Path(folder) / f"{load_task(options.task).name}.json").read_text())
+        manifest = json.loads((Path(folder) / f"{load_task(options.task).name}.json").read_bytes())
     return float(manifest["first_image_seconds"])
 
 

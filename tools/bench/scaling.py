@@ -95,5 +95,5 @@ def _run(devices: int, seconds: int) -> dict[str, Any]:
         )
         if done.returncode:
             raise InputFileError(f"a run of {devices} devices ended with code {done.returncode}: {done.stderr}")
-        manifest: dict[str, Any] = json.loads((Path(folder) / "cifar100.json").read_text())
+        manifest: dict[str, Any] = json.loads((Path(folder) / "cifar100.json").read_bytes())
         return manifest

@@ -32,7 +32,7 @@ def check_it_describes(manifest: Mapping[str, Any], task: Task, images: Tensor) 
 def read_json(path: Path) -> dict[str, Any]:
     """A file that holds a JSON object. Raises InputFileError."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except OSError as error:
         raise InputFileError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:

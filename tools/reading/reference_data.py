@@ -60,7 +60,7 @@ def _tiny_imagenet(folder: Path, task: Task) -> LabelledImages:
     index = {one.wnid: one.index for one in task.classes}
     listing = folder / "val" / "val_annotations.txt"
     try:
-        with listing.open(newline="") as lines:
+        with listing.open(newline="", encoding="utf-8") as lines:
             rows = [(row[0], row[1]) for row in csv.reader(lines, delimiter="\t")]
         labels = torch.tensor([index[wnid] for _, wnid in rows])
         pixels = np.stack(list(_pixels((folder / "val" / "images" / name for name, _ in rows), task.size)))

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
@@ -173,6 +173,17 @@ def test_file_and_manifest_agree_whatever_happens_at_the_deadline(tmp_path: Path
     process = forked.start(output, *options, fault=forked.slow_to_notice)
     assert end(process) == 0, said(output)
     manifest_of(output)
+
+
+@pytest.mark.parametrize("options", [(), ("--log", "rich"), ("--log", "json")], ids=str)
+@pytest.mark.parametrize("fault", [forked.reader_gone, forked.full_output], ids=lambda fault: fault.__name__)
+def test_a_log_that_cannot_be_written_costs_nothing(
+    fault: Callable[[], None], options: tuple[str, ...], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    assert end(forked.start(output, "--max-ipc", "2", *options, fault=fault)) == 0, said(output)
+    assert any("the log could not be written to its end" in warning for warning in manifest_of(output)["warnings"])
+    assert "Traceback" not in said(output)
 
 
 def test_a_job_that_nobody_listens_to_is_gone_at_its_deadline(tmp_path: Path) -> None:
