@@ -30,6 +30,8 @@ FROM base AS cpu
 ENV BANKO_MODEL=embedded
 COPY run.sh /app/
 COPY submission /app/submission
+# A checkout by someone with a umask of 027 would be closed to the image's user.
+RUN chmod -R a+rX /app
 USER 10001:10001
 
 # SDXL-Turbo's files: those in the folder WEIGHTS of the build context; what is missing there comes from the hub. All
@@ -39,7 +41,7 @@ ARG WEIGHTS=tools/sdxl_turbo
 COPY ${WEIGHTS} /weights
 WORKDIR /fetch
 COPY tools/__init__.py tools/fetch_weights.py tools/
-COPY submission/__init__.py submission/arguments.py submission/errors.py submission/
+COPY submission/__init__.py submission/arguments.py submission/errors.py submission/streams.py submission/
 COPY submission/model/__init__.py submission/model/checkpoint.py submission/model/
 RUN python3 -m tools.fetch_weights /weights && chmod -R a+rX /weights
 
@@ -50,4 +52,5 @@ ENV BANKO_MODEL=/app/models/sdxl-turbo \
 COPY --from=weights /weights /app/models/sdxl-turbo
 COPY run.sh /app/
 COPY submission /app/submission
+RUN chmod -R a+rX /app
 USER 10001:10001

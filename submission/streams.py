@@ -47,8 +47,9 @@ def open_streams() -> None:
             stream.lost = "it is closed"
         elif type(was) is io.TextIOWrapper:
             # Its own buffer may hold what cannot be written.
-            raw = open(was.fileno(), "wb", closefd=False)  # noqa: PTH123, SIM115
-            stream = Stream(raw, was.encoding, "backslashreplace", None, was.line_buffering, was.write_through)
+            lines = was.line_buffering or name == "stderr"
+            raw = open(was.fileno(), "wb", closefd=False)  # noqa: SIM115
+            stream = Stream(raw, was.encoding, "backslashreplace", None, line_buffering=lines)
         else:  # a test's, or put there already
             continue
         setattr(sys, name, stream)

@@ -259,6 +259,11 @@ def nobody_listens() -> None:
     os.dup2(writer, 1)
 
 
+def without_hangups() -> None:
+    """As nohup starts what it starts."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+
 def reader_gone() -> None:
     """Nobody reads what is printed any more, from the second line on."""
     reader, writer = os.pipe()

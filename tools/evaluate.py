@@ -22,6 +22,7 @@ from submission.arguments import Parser, add_device, exit_code_of, number_from
 from submission.errors import InputFileError, OutputError, UsageError
 from submission.machine.device import choose_device
 from submission.machine.disk import write_json, write_whole
+from submission.machine.limits import cores
 from submission.machine.memory import keep_freed_memory, memory_free
 from submission.report.page import render
 from submission.tasks import Task, builtin_names, load_task
@@ -102,6 +103,7 @@ def evaluate(options: argparse.Namespace) -> None:
         check_memory(entry, schedule, device)
     make_writable(options.output_dir)
     keep_freed_memory()
+    torch.set_num_threads(min(cores(), torch.get_num_threads()))
     arithmetic = prepare(entries[0], schedule, device) if options.protocol == "fast" else None
     for entry in entries:
         announce(entry, schedule, options.runs, device, arithmetic)

@@ -6,7 +6,6 @@ pays, the job decides.
 
 import os
 import socket
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from submission.engine import Event, Facts, Failed, Load, Made, Maker, NoMemoryE
 from submission.engine.ray_session import RaySession
 from submission.errors import BankoError, UsageError, first_line
 from submission.log import Log
+from submission.machine.limits import cores
 from submission.plan.budget import start_budget
 
 # Seconds between two looks at whether a cluster has grown.
@@ -154,17 +154,16 @@ class Fleet:
 
     def _here(self, kind: str, count: int) -> Placement:
         """Devices of this machine, which share its cores."""
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        if kind == "cpu" and count > cores:
-            self._log.warn(f"{count} devices share {cores} cores")
-        threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, cores // count)
+        if kind == "cpu" and count > cores():
+            self._log.warn(f"{count} devices share {cores()} cores")
+        threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, cores() // count)
         return Placement(kind, threads, count, count)
 
     def _there(self, kind: str, address: str) -> Placement:
         """Devices of a cluster, once it has answered. Raises UsageError."""
         self._session.connected(None)
         nodes = self._session.nodes()
-        cores, gpus = [int(node.get("CPU", 0)) for node in nodes], sum(int(node.get("GPU", 0)) for node in nodes)
+        cpus, gpus = [int(node.get("CPU", 0)) for node in nodes], sum(int(node.get("GPU", 0)) for node in nodes)
         if kind != "cpu" and gpus:
             kind = "cuda"
         elif kind == "cuda":
@@ -174,7 +173,7 @@ class Fleet:
         else:
             kind = "cpu"
         devices = self._wanted or gpus
-        self._log.say(f"Ray cluster: {len(nodes)} nodes, {sum(cores)} CPUs, {gpus} GPUs; {devices} devices of it")
+        self._log.say(f"Ray cluster: {len(nodes)} nodes, {sum(cpus)} CPUs, {gpus} GPUs; {devices} devices of it")
         return Placement(kind, 1 if kind == "cpu" else None, -(-devices // len(nodes)), devices)
 
     def _grow(self) -> None:

@@ -1,5 +1,6 @@
 """A device and the generator on it: what the job's own process and an actor of Ray both use."""
 
+import os
 import platform
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from submission.errors import BankoError, CheckpointError, UsageError, first_lin
 from submission.log import Log
 from submission.machine.crowding import Crowding
 from submission.machine.device import choose_device
+from submission.machine.limits import cores
 from submission.machine.memory import WorkingMemory
 from submission.model import pipeline
 from submission.model.calibration import choose_decoder
@@ -139,8 +141,8 @@ def load_maker(
     """
     image, checkpoint, placement = loading.image, loading.checkpoint, loading.placement
     device, began = choose_device(placement.kind), time.perf_counter()
-    if placement.threads:
-        torch.set_num_threads(placement.threads)
+    if placement.threads or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(placement.threads or min(cores(), torch.get_num_threads()))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of what it has loaded before, which would count as taken
     dtype = getattr(torch, like["unet_dtype"].removeprefix("torch.")) if like else pipeline.choose_dtype(device)

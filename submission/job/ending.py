@@ -1,6 +1,7 @@
 """The end of a job, whoever brings it about: the main thread as a rule, else the guard."""
 
 import logging
+import shlex
 import signal
 import sys
 
@@ -108,7 +109,8 @@ class Ending:
     def _report(self) -> None:
         """The page about the run, where there is time for it; the job is complete with or without it."""
         dataset, budget, log = self._request.dataset, self._planner.budget, self._log
-        later = f"./run.sh report {dataset.with_suffix('.json')} makes it"
+        command = shlex.join(["./run.sh", "report", str(dataset.with_suffix(".json"))])
+        later = f"{command} makes it"
         if budget.usable - budget.exit_reserve < report_seconds(self._files.plan.composition.classes):
             log.say(f"no time for the report: {later}")
             return

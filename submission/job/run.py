@@ -21,8 +21,8 @@ from submission.job.files import JobFiles, composition_that_fits
 from submission.job.generate import Generation
 from submission.job.history import History
 from submission.log import Log
-from submission.machine.device import choose_devices
-from submission.machine.disk import claimed, remove_unfinished
+from submission.machine.device import choose_devices, unseen_gpu
+from submission.machine.disk import claimed, offer_temporary, remove_unfinished
 from submission.machine.memory import peak_memory
 from submission.model.checkpoint import EMBEDDED, Checkpoint, choose, fingerprint
 from submission.plan.budget import Budget
@@ -54,6 +54,7 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
         checkpoint = choose(request.model, cuda=engine.placement.kind == "cuda")
         say_what_is_made(request, checkpoint, engine, log)
         with open_spool(request, checkpoint, log) as spool:
+            offer_temporary(spool.folder)
             composition = composition_that_fits(request, spool, log)
             digests, history = Digests(checkpoint), History()
             engine.load((prepare or loader)(request, checkpoint, engine, spool), lambda: budget.left)
@@ -100,6 +101,8 @@ def open_engine(wanted: DeviceRequest, log: Log, guard: Guard) -> Iterator[Engin
         engine = Fleet(wanted.kind, wanted.count, wanted.cluster, log)
     else:
         kind, count = choose_devices(wanted.kind, wanted.count)
+        if wanted.kind == "auto" and (why := unseen_gpu()):
+            log.warn(f"an NVIDIA driver is installed, and PyTorch sees no CUDA device ({why}): the CPU is used")
         engine = Fleet(kind, count, None, log) if count > 1 else Alone(kind, log)
     guard.before_exit(partial(engine.close, patience=EXIT_PATIENCE))
     try:

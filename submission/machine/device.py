@@ -1,12 +1,15 @@
 """Which of this machine's devices are meant: a GPU, the CPU, or several."""
 
+import os
+import shutil
 import threading
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from submission.errors import UsageError
+from submission.errors import UsageError, first_line
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -32,6 +35,27 @@ def choose_devices(wanted: str, count: int | None) -> tuple[str, int]:
     if count is not None and count > there:
         raise UsageError(f"--devices {count}: PyTorch sees {there} CUDA devices here; cpu:{count} would use the CPU")
     return "cuda", count or there
+
+
+def unseen_gpu(root: Path = Path("/")) -> str | None:
+    """Why PyTorch sees no CUDA device although a driver for one is installed; None where neither is so, or where
+    CUDA_VISIBLE_DEVICES hides them all."""
+    driver = (root / "proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi", path=_path(root))
+    if torch.cuda.is_available() or not driver or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    if torch.version.cuda is None:
+        return "this PyTorch is a build for CPUs"
+    if not list((root / "dev").glob("nvidia[0-9]*")):
+        return "there is no /dev/nvidia0: a container needs --gpus all, a cluster's job a GPU that it asks for"
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        return first_line(error)
+    return "its driver answers, and offers none"
+
+
+def _path(root: Path) -> str:
+    return os.pathsep.join(str(root / part.lstrip("/")) for part in os.environ.get("PATH", "").split(os.pathsep))
 
 
 def wake(device: torch.device, dtype: torch.dtype) -> None:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -37,6 +38,14 @@ def claimed(folder: Path) -> Iterator[None]:
         if _is_at(path, descriptor):
             release(folder)
         os.close(descriptor)
+
+
+def offer_temporary(folder: Path) -> None:
+    """Has libraries put their temporary files there where no place is left: a container's root may be read-only."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder.absolute())
 
 
 def release(folder: Path) -> None:

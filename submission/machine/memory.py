@@ -10,13 +10,13 @@ from typing import Self
 
 import psutil
 
+from submission.machine.limits import memory_left
+
 # Bytes for what goes on beside the model and is done with again: a batch, or the encoding of prompts.
 WORKING = 1500 << 20
 # Parameters of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD = -1
 M_MMAP_MAX = -4
-# Where a container's memory limit stands, in a file of its own control group.
-LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,6 @@ def peak_memory() -> int:
 
 
 def memory_free() -> int:
-    """Bytes that this process may still take: what the machine has left, or its container's limit if that is less."""
-    available = int(psutil.virtual_memory().available)
-    try:
-        return min(available, int(LIMIT.read_text()))
-    except (OSError, ValueError):  # no control groups here, or no limit: "max"
-        return available
+    """Bytes that this process may still take: what the machine has left, or a container's limit if that is less."""
+    available, left = int(psutil.virtual_memory().available), memory_left()
+    return available if left is None else min(available, left)

@@ -52,5 +52,5 @@ def memory_needed(checkpoint: Checkpoint, task: Task, prompts: int, itemsize: in
 
 def _weights(checkpoint: Checkpoint, component: str, itemsize: int) -> int:
     """Bytes of a component's weights: as they are in the mapped file, and as they are loaded."""
-    file = checkpoint.weight_file(component).stat().st_size
+    file = sum(file.stat().st_size for file in checkpoint.weight_files(component))
     return file + file * itemsize // (2 if checkpoint.variants[component] else 4)

@@ -22,7 +22,8 @@ TICK = 0.05
 PATIENCE = 1.0
 # Seconds for the last words, which nobody may be listening to.
 LAST_WORDS_PATIENCE = 0.15
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Those that tell a job to stop. Slurm sends SIGUSR1 where it is asked to (--signal), a terminal that is lost SIGHUP.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 
 class Duties(Protocol):
@@ -46,7 +47,7 @@ class Duties(Protocol):
 
 
 class Guard:
-    """A context in which SIGTERM and SIGINT set `stop`, a second one ends the process, and so does the deadline.
+    """A context in which a signal (`SIGNALS`) sets `stop`, a second one ends the process, and so does the deadline.
 
     Whoever acquires `last_file_lock` writes the last file: the main thread as a rule, and the guard in its stead where
     it does not come in time.
@@ -73,7 +74,9 @@ class Guard:
         wake.setblocking(False)
         self._wake_end = wake
         # The handlers themselves do nothing: what counts is the byte that Python writes for each signal.
-        self._handlers = [signal.signal(number, lambda *_: None) for number in SIGNALS]
+        # Under nohup SIGHUP is ignored, and stays so.
+        heard = [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in heard}
         self._wakeup = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
         self._thread.start()
@@ -81,7 +84,7 @@ class Guard:
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._wakeup)
-        for number, handler in zip(SIGNALS, self._handlers, strict=True):
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._wake_end.close()  # ends the thread
         self._thread.join()

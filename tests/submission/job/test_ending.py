@@ -126,16 +126,27 @@ def test_a_job_told_to_stop_at_any_moment_finishes_its_file(tmp_path: Path, tria
         process = start_and_wait(output, *NO_CAP)
         time.sleep(dice.uniform(0, 1.2))
         told = time.monotonic()
-        kill(process, signal.SIGTERM)
+        number = dice.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+        kill(process, number)
         assert end(process, GRACE) == 0, said(output)
         assert time.monotonic() - told < GRACE
         manifest = manifest_of(output)
-        assert any("told to stop (SIGTERM)" in warning for warning in manifest["warnings"])
+        assert any(f"told to stop ({number.name})" in warning for warning in manifest["warnings"])
         assert (output / ".cifar100.spool").stat(), "for --resume"
         shutil.rmtree(output)
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(trial, range(trials)))
+
+
+def test_under_nohup_a_lost_terminal_is_nothing(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = start_and_wait(output, *NO_CAP, fault=forked.without_hangups)
+    kill(process, signal.SIGHUP)
+    time.sleep(0.5)
+    assert process.is_alive() and "told to stop" not in said(output)
+    kill(process, signal.SIGTERM)
+    assert end(process) == 0
 
 
 def test_a_second_signal_ends_the_job_at_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -240,6 +241,31 @@ def test_a_resumed_run_decodes_with_the_network_of_the_run_before(
     assert told["decoder"]["fitted_to"] and told["decoder"]["fidelity_db"]["distilled"] > 0
     after = torch.load(tmp_path / "tiny.pt", weights_only=True).unflatten(0, (3, -1))
     assert torch.equal(after[:, : len(before) // 3], before.unflatten(0, (3, -1)))
+
+
+READ_ONLY = """
+mount --make-rprivate / && mount -t tmpfs tmpfs {output} || exit 77
+for place in $(awk '{{print $5}}' /proc/self/mountinfo | grep -vE "^(/proc|/sys|/dev$|/dev/pts|{output})"); do
+    mount -o remount,ro,bind "$place" 2>/dev/null
+done
+touch /tmp/x /var/tmp/x 2>/dev/null && exit 77
+cd {root} && HOME=/nonexistent {command} && ls -A {output}/out
+"""
+
+
+def test_a_root_for_reading_alone_needs_no_temporary_folder(
+    checkpoint_folder: Path, task_file: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "writable"
+    output.mkdir()
+    options = [str(task_file), "--model", str(checkpoint_folder), "--device", "cpu", "--output", f"{output}/out"]
+    command = shlex.join([sys.executable, "-m", "submission", *options])
+    script = READ_ONLY.format(output=output, root=ROOT, command=command)
+    done = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, check=False)
+    if done.returncode == 77 or "unshare:" in done.stderr:
+        pytest.skip(f"a root for reading alone cannot be made here: {done.stderr.strip()}")
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    assert "tiny.pt" in done.stdout.splitlines()[-3:]
 
 
 def test_one_device_knows_nothing_of_ray(checkpoint_folder: Path, task_file: Path, tmp_path: Path) -> None:

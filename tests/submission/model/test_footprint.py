@@ -3,12 +3,8 @@
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
-
-from submission.machine import memory
-from submission.machine.memory import WORKING, memory_free
+from submission.machine.memory import WORKING
 from submission.model.checkpoint import EMBEDDED, inspect
 from submission.model.footprint import memory_needed
 from submission.tasks import load_task
@@ -23,14 +19,6 @@ def test_classes_prompts_and_weights_count_and_images_per_class_do_not() -> None
     assert memory_needed(checkpoint, replace(task, size=64), 100, 4, 2) - needed == 100 * 3 * (64**2 - 32**2)
     assert memory_needed(checkpoint, task, 800, 4, 2) - needed == 2 * 700 * checkpoint.prompt_size * 4
     assert memory_needed(checkpoint, task, 100, 2, 2) < needed
-
-
-def test_a_container_s_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "LIMIT", tmp_path / "memory.max")
-    machine = memory_free()
-    for text, expected in [("max\n", machine), ("1048576\n", 1 << 20)]:
-        (tmp_path / "memory.max").write_text(text)
-        assert memory_free() == pytest.approx(expected, rel=0.2)
 
 
 def test_batches_may_grow_until_twice_their_memory_would_be_too_much() -> None:
