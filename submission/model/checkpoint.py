@@ -14,15 +14,17 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from submission.errors import CheckpointError, first_line
+from submission.errors import CheckpointError
 
 PROJECT = Path(__file__).resolve().parents[2]
 EMBEDDED = PROJECT / "submission" / "embedded"
@@ -41,6 +43,10 @@ WEIGHTS = {
     "unet": "diffusion_pytorch_model",
     "vae": "diffusion_pytorch_model",
 }
+# Endings of weights that are Python objects.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+# How what git-LFS leaves in the place of a file begins.
+LFS_POINTER = b"version https://git-lfs"
 # A fingerprint takes so many samples of so many bytes from every weight file, evenly spaced.
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 16, 1 << 14
 CONFIGS = (
@@ -56,7 +62,7 @@ CONFIGS = (
 HUB_FILES = [
     "*.json",
     *(f"{part}/*" for part in ("scheduler", "tokenizer", "tokenizer_2")),
-    *(f"{part}/*.{kind}" for part in WEIGHTS for kind in ("json", "fp16.safetensors")),
+    *(f"{part}/*{kind}" for part in WEIGHTS for kind in (".json", ".fp16.safetensors", ".fp16-*.safetensors")),
 ]
 
 
@@ -91,8 +97,9 @@ class Checkpoint:
         """Canvas in pixels for images of `size` pixels: the smallest one it was trained for that is not smaller."""
         return min((r for r in self.resolutions if r >= size), default=max(self.resolutions))
 
-    def weight_file(self, component: str) -> Path:
-        return _weight_file(self.path, component, self.variants[component])
+    def weight_files(self, component: str) -> Sequence[Path]:
+        """One file, or shards in their order."""
+        return _weight_files(self.path, component, self.variants[component])
 
 
 def choose(model: str, *, cuda: bool, environment: Mapping[str, str] = os.environ, root: Path = PROJECT) -> Checkpoint:
@@ -149,15 +156,19 @@ def fetch(
     With `local_files_only` they have to be there already. Raises CheckpointError.
     """
     from huggingface_hub import snapshot_download  # noqa: PLC0415  # slow to import, and only needed here
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError  # noqa: PLC0415
+    from huggingface_hub.utils import logging  # noqa: PLC0415
 
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it would tell of every try
     try:
         found = snapshot_download(
             hub_id, revision=revision, local_dir=folder, allow_patterns=HUB_FILES, local_files_only=local_files_only
         )
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        reason = first_line(error)
-        raise CheckpointError(f"{hub_id} is neither a folder here nor to be had from the hub ({reason})") from error
+    except Exception as error:
+        reason = shorten(str(error) or type(error).__name__, 200, placeholder=" ...")
+        raise CheckpointError(
+            f"{hub_id} is neither a folder here nor to be had from the hub ({reason}); what has come of it is kept for "
+            "another try"
+        ) from error
     return Path(found)
 
 
@@ -184,7 +195,8 @@ def inspect(path: Path, source: str) -> Checkpoint:
             raise CheckpointError(f"{folder / 'vocab.json'} is missing (tokenizer.json, too)")
     variants = {component: _variant(path, component) for component in WEIGHTS}
     for component, variant in variants.items():
-        _check_weights(_weight_file(path, component, variant))
+        for file in _weight_files(path, component, variant):
+            _check_weights(file)
     try:
         factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
         own = int(configs["unet"]["sample_size"]) * factor
@@ -197,7 +209,7 @@ def inspect(path: Path, source: str) -> Checkpoint:
     resolutions = _read_json(training).get("resolutions") if training.exists() else [own]
     if not isinstance(resolutions, list) or not resolutions or not all(isinstance(r, int) for r in resolutions):
         raise CheckpointError(f"{training}: resolutions must be a list of pixel sizes")
-    projected_size = tokens * _cross_attention_width(_weight_file(path, "unet", variants["unet"]))
+    projected_size = tokens * sum(map(_cross_attention_width, _weight_files(path, "unet", variants["unet"])))
     return Checkpoint(path, source, variants, configs, tuple(sorted(resolutions)), prompt_size, projected_size)
 
 
@@ -205,9 +217,9 @@ def weight_digests(checkpoint: Checkpoint) -> dict[str, str]:
     """SHA-256 of every weight file, by its path inside the checkpoint. Reads the files whole: seconds for SDXL."""
     digests = {}
     for component in WEIGHTS:
-        file = checkpoint.weight_file(component)
-        with file.open("rb") as stream:
-            digests[str(file.relative_to(checkpoint.path))] = hashlib.file_digest(stream, "sha256").hexdigest()
+        for file in checkpoint.weight_files(component):
+            with file.open("rb") as stream:
+                digests[str(file.relative_to(checkpoint.path))] = hashlib.file_digest(stream, "sha256").hexdigest()
     return digests
 
 
@@ -220,8 +232,8 @@ def read_ahead(checkpoint: Checkpoint) -> None:
     """Has the system read the weight files from the disk meanwhile, on a thread, where it takes such advice."""
 
     def advise() -> None:
-        for component in WEIGHTS:
-            with suppress(OSError), checkpoint.weight_file(component).open("rb") as stream:
+        for file in chain.from_iterable(map(checkpoint.weight_files, WEIGHTS)):
+            with suppress(OSError), file.open("rb") as stream:
                 os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
     if hasattr(os, "posix_fadvise"):
@@ -234,8 +246,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     Enough to tell one training from another, as `weight_digests` does in seconds. Raises CheckpointError.
     """
     digest = hashlib.sha256(json.dumps(dict(checkpoint.configs), sort_keys=True).encode())
-    for component in WEIGHTS:
-        file = checkpoint.weight_file(component)
+    for component, file in ((part, file) for part in WEIGHTS for file in checkpoint.weight_files(part)):
         try:
             with file.open("rb") as stream:
                 size = file.stat().st_size
@@ -248,20 +259,46 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:16]
 
 
-def _weight_file(path: Path, component: str, variant: str | None) -> Path:
-    return path / component / f"{WEIGHTS[component]}{f'.{variant}' if variant else ''}.safetensors"
+def _weight_files(path: Path, component: str, variant: str | None) -> list[Path]:
+    """A component's weights as libraries save them: one file, or an index and the shards that it names (diffusers makes
+    shards above 10 GB). Raises CheckpointError where the index makes no sense."""
+    folder, name = path / component, WEIGHTS[component]
+    index = folder / f"{name}.safetensors.index{f'.{variant}' if variant else ''}.json"
+    single = folder / f"{name}{f'.{variant}' if variant else ''}.safetensors"
+    if single.is_file() or not index.is_file():
+        return [single]
+    shards = _read_json(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise CheckpointError(f"{index} names no weights")
+    names = sorted({str(shard) for shard in shards.values()})
+    if any(Path(one).name != one for one in names):
+        raise CheckpointError(f"{index} names files outside of its folder")
+    return [folder / one for one in names]
 
 
 def _variant(path: Path, component: str) -> str | None:
+    """Which of its weights to take: in half precision where there are both. Raises CheckpointError."""
     for variant in ("fp16", None):
-        if _weight_file(path, component, variant).is_file():
+        files = _weight_files(path, component, variant)
+        missing = [file for file in files if not file.is_file()]
+        if not missing:
             return variant
-    raise CheckpointError(f"{_weight_file(path, component, None)} is missing (its .fp16.safetensors variant, too)")
+        if len(files) > 1:
+            raise CheckpointError(f"{missing[0]} is missing, one of {len(files)} shards: fetch it again")
+    single = _weight_files(path, component, None)[0]
+    pickles = [file for file in single.parent.glob("*") if file.suffix in PICKLES]
+    if pickles:
+        raise CheckpointError(
+            f"{pickles[0]} is a pickle, which may run code when it is read, and is refused: save the model as "
+            "safetensors, as diffusers' save_pretrained does"
+        )
+    raise CheckpointError(f"{single} is missing (its .fp16.safetensors variant, too)")
 
 
 def _check_weights(file: Path) -> None:
     try:
-        file.open("rb").close()  # whose error says why: a file that is not to be read is not a damaged one
+        with file.open("rb") as stream:  # whose error says why: a file that is not to be read is not a damaged one
+            _refuse_pointer(file, stream.read(len(LFS_POINTER)))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
     try:
@@ -281,9 +318,16 @@ def _cross_attention_width(file: Path) -> int:
         return sum(weights.get_slice(name).get_shape()[0] for name in layers)
 
 
+def _refuse_pointer(file: Path, content: bytes) -> None:
+    if content.startswith(LFS_POINTER):
+        raise CheckpointError(f"{file} is git-LFS's pointer to the file, and not the file: git lfs pull brings it")
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
+        text = file.read_bytes()
+        _refuse_pointer(file, text)
+        content = json.loads(text)
     except FileNotFoundError as error:
         raise CheckpointError(f"{file} is missing: not a checkpoint in SDXL's layout, or not all of it") from error
     except OSError as error:

@@ -4,11 +4,19 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from submission.errors import CheckpointError
+from submission.log import Log
 from submission.model import checkpoint
 from submission.model.checkpoint import SDXL_TURBO, SDXL_TURBO_SHA256, choose, inspect, recognise, weight_digests
+from submission.model.generator import load_generator
+from submission.model.image_spec import ImageSpec
+from submission.plan.budget import start_budget
+from submission.tasks import load_task
+from tests.conftest import make_pipeline
 
 NOWHERE = Path("/nonexistent")
 
@@ -36,6 +44,43 @@ def test_full_precision_files_are_accepted_where_there_is_no_variant(copy: Path)
     for file in copy.rglob("*.fp16.safetensors"):
         file.rename(file.with_name(file.name.replace(".fp16", "")))
     assert set(inspect(copy, "test").variants.values()) == {None}
+
+
+@pytest.fixture(params=["fp16", None], ids=str)
+def sharded(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A checkpoint in shards, as libraries save a large one."""
+    dtype = torch.float16 if request.param else torch.float32
+    make_pipeline().to(dtype).save_pretrained(tmp_path / "sharded", variant=request.param, max_shard_size="40KB")
+    return tmp_path / "sharded"
+
+
+def test_shards_are_read_as_one_file(sharded: Path, checkpoint_folder: Path, task_file: Path) -> None:
+    found, whole = inspect(sharded, "test"), inspect(checkpoint_folder, "test")
+    assert len(found.weight_files("unet")) > 1 and len(weight_digests(found)) > 4
+    assert found.projected_size == whole.projected_size
+    image, log, numbers = ImageSpec(load_task(str(task_file))), Log("kept", start_budget(60)), np.arange(3)
+    made = [
+        load_generator(image, one, torch.device("cpu"), log, dtype=torch.float32).images(numbers, log)
+        for one in (found, whole)
+    ]
+    assert (made[0].int() - made[1].int()).abs().max() <= 3, "but for half precision"
+
+
+def test_a_missing_shard_is_named_and_none_is_looked_for_elsewhere(sharded: Path) -> None:
+    index = next((sharded / "unet").glob("*.index*.json"))
+    shard = inspect(sharded, "test").weight_files("unet")[1]
+    shard.rename(sharded / "shard.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{shard.name} is missing, one of \d+ shards"):
+        inspect(sharded, "test")
+    index.write_text(index.read_text().replace(shard.name, "../shard.safetensors"))
+    with pytest.raises(CheckpointError, match="names files outside of its folder"):
+        inspect(sharded, "test")
+
+
+def test_half_precision_is_taken_where_there_are_both(copy: Path) -> None:
+    for file in list(copy.rglob("*.fp16.safetensors")):
+        shutil.copy(file, file.with_name(file.name.replace(".fp16", "")))
+    assert set(inspect(copy, "test").variants.values()) == {"fp16"}
 
 
 @pytest.mark.parametrize(
