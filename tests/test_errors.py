@@ -59,12 +59,26 @@ def make_folder(folder: Path, checkpoint: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-10])
     shutil.copytree(checkpoint, folder / "lost")
     (folder / "lost/vae/config.json").unlink()
+    shutil.copytree(checkpoint, folder / "pointers")
+    pointer = folder / "pointers/vae/diffusion_pytorch_model.fp16.safetensors"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5135149760\n")
+    shutil.copytree(checkpoint, folder / "pickled")
+    weights = folder / "pickled/unet/diffusion_pytorch_model.fp16.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
     (folder / "file").write_text("in the way")
     (folder / "taken/tiny.pt").mkdir(parents=True)
     (folder / "empty").mkdir()
-    lists = {"twice": "cat\ndog\ncat\n", "one": "cat\n", "odd": "cat\nd\to\tg\n", "good": "cat\ndog\n"}
+    lists = {
+        "twice": "cat\ndog\ncat\n",
+        "comment": "# animals\ncat\ndog\n",
+        "numbered": "0\tcat\n1\tdog\n",
+        "one": "cat\n",
+        "odd": "cat\nd\to\tg\n",
+        "good": "cat\ndog\n",
+    }
     for name, text in lists.items():
         (folder / f"{name}.txt").write_text(text)
+    (folder / "forms.txt").write_text("café\ncafe\N{COMBINING ACUTE ACCENT}\n", "utf-8")
     (folder / "latin.txt").write_bytes("cat\ncaf\xe9\n".encode("latin-1"))
     for name in ("secret.toml", "secret.txt"):
         (folder / name).write_text(TINY_TASK)
@@ -126,6 +140,8 @@ JOB = [
     Row("tiny.toml", 4, "no SDXL-Turbo weights: ", forked.gpu_without_weights),
     Row("tiny.toml", 4, "or ask for the stand-in with --model embedded", forked.gpu_without_weights),
     Row("tiny.toml --model cut", 4, "cut/unet/diffusion_pytorch_model.fp16.safetensors is damaged or truncated"),
+    Row("tiny.toml --model pointers", 4, "is git-LFS's pointer to the file, and not the file: git lfs pull brings it"),
+    Row("tiny.toml --model pickled", 4, "diffusion_pytorch_model.bin is a pickle, which may run code when it is read"),
     Row("tiny.toml --model lost", 4, "lost/vae/config.json is missing"),
     Row("tiny.toml --model checkpoint --output file", 5, "cannot write to file (File exists): choose another --output"),
     Row("tiny.toml --model checkpoint --output file/out", 5, "cannot write to file/out (Not a directory)"),
@@ -170,7 +186,14 @@ TOOLS_REFUSE = [
     Row("init pets.toml --classes odd.txt", 6, "odd.txt:2: a class name cannot hold U+0009"),
     Row("init pets.toml --classes latin.txt", 6, "latin.txt:2: not UTF-8 text (byte 0xe9); save the file as UTF-8"),
     Row("init pets.toml --classes good.txt --images empty", 6, "empty: no images there"),
-    Row("init pets.toml --classes good.txt --images submit", 6, "no image that can be read"),
+    Row("init pets.toml --classes good.txt --images submit", 6, "submit: no images there"),
+    Row("init pets.toml --classes numbered.txt", 6, "numbered.txt:1: its lines are numbered, as '0\\tcat'"),
+    Row(
+        "init pets.toml --classes comment.txt",
+        6,
+        "comment.txt:1: '# animals' looks like a comment or",
+    ),
+    Row("init pets.toml --classes forms.txt", 6, "asks for the same as line 1"),
     Row("init pets.toml --classes good.txt --images photos", 6, "are all of one colour"),
 ]
 ORDINARY = [

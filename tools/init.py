@@ -7,6 +7,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from tools.reading.image_folder import find_images, mean_and_deviation
 
 # Of ImageNet's training images: photographs of all kinds of things.
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+# Some languages spell with them: zero width non-joiner, and joiner.
+JOINERS = "\u200c\u200d"
 # Text encoders read some 70 words.
 LONGEST_NAME = 200
 # What can be said of anything. The first is the prompt as it stands.
@@ -111,7 +114,7 @@ def init(options: argparse.Namespace) -> None:
         )
     write_whole(file, text.encode())
     print(f"{file}: {len(names):,} classes at {options.size} px, mean and deviation {source}")
-    print(f"look through its prompts, and then: ./run.sh {file}")
+    print(f"look through its prompts, and then: {shlex.join(['./run.sh', str(file)])}")
 
 
 def check_target(file: Path) -> None:
@@ -131,8 +134,13 @@ def read_names(path: Path) -> list[str]:
     names: list[str] = []
     lines: dict[str, int] = {}
     # Lines as editors count them; str.splitlines knows of many more ends.
-    for number, line in enumerate(re.split(r"\r\n|\n|\r", read_text(path, InputFileError)), 1):
-        name = line.strip()
+    every = re.split(r"\r\n|\n|\r", read_text(path, InputFileError))
+    filled = [line.strip() for line in every if line.strip()]
+    numbered = [int(found[1]) for line in filled if (found := re.match(r"([0-9]{1,9})[\s.,;:)]", line))]
+    if len(filled) > 1 and numbered in (list(range(len(filled))), list(range(1, len(filled) + 1))):
+        raise InputFileError(f"{path}:1: its lines are numbered, as {filled[0]!r}: leave the names alone")
+    for number, line in enumerate(every, 1):
+        name = unicodedata.normalize("NFC", line.strip())  # what looks the same is the same
         if not name:
             continue
         if complaint := _complaint(name):
@@ -177,10 +185,12 @@ def task_text(
 
 def _complaint(name: str) -> str | None:
     """What keeps a line from being a class name."""
+    if re.match(r"(#|//|[-*•]\s)", name):
+        return f"{name!r} looks like a comment or an item of a list: leave names alone, one per line"
     if len(name) > LONGEST_NAME:
         return f"{len(name):,} characters are too many for a class name, at most {LONGEST_NAME}: {name[:30]!r}..."
     for character in name:
-        if not character.isprintable():
+        if not character.isprintable() and character not in JOINERS:
             called = unicodedata.name(character, "a control character")
             return f"a class name cannot hold U+{ord(character):04X}, {called}: {name!r}"
     if not name.strip("_ "):

@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 import tomllib
+import unicodedata
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,8 @@ def _is_number(value: object) -> bool:
 
 
 def _text(value: object) -> str | None:
-    if isinstance(value, str) and value.strip() and value.isprintable():
+    # Joiners of no width are how some languages, and pictures, are spelt.
+    if isinstance(value, str) and value.strip() and re.sub("[\u200c\u200d]", "", value).isprintable():
         return None
     return "must be a string of one line, not empty"
 
@@ -137,6 +139,7 @@ def parse_task(path: Path) -> Task:
         seen: dict[object, int] = {}
         for c, (start, _) in zip(classes, spans, strict=True):
             value = getattr(c, key)
+            value = unicodedata.normalize("NFC", value) if isinstance(value, str) else value
             if value in seen:
                 first = source.line(seen[value])
                 raise source.refusal(start, f"class {key} {value!r} is used twice (first on line {first})")

@@ -5,8 +5,9 @@ a damaged file makes its reader raise is one line that names the file.
 """
 
 import difflib
+import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,10 @@ from tools.reading.tensor_files import LabelledImages
 
 # What is read, of all that Pillow knows: pictures of pixels, by readers that are in daily use.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Endings of such files, in small letters. Files of other endings lie beside images: lists, boxes, previews.
+ENDINGS = {".bmp", ".gif", ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+# Folders that systems make: what archives of a Mac, and a disk's repair, leave.
+NOT_OURS = {"__MACOSX", "lost+found"}
 # What `convert("RGB")` makes sense of; it would cut off the upper half of 16-bit greys.
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 # The part of the free memory that test images may take: training wants some, too.
@@ -36,15 +41,17 @@ def read_class_folders(folder: Path, task: Task) -> LabelledImages | None:
     left alone. None where no class has a folder. Raises InputFileError where some have none, for a file that is no
     image, and where memory does not hold them all; OSError.
     """
-    folders = [_class_folder(folder, one) for one in task.classes]
+    # Systems differ in how they spell what looks the same.
+    there = {unicodedata.normalize("NFC", path.name): path for path in folder.iterdir()} if folder.is_dir() else {}
+    folders = [_class_folder(there, one) for one in task.classes]
     if not any(folders):
         return None
     files: list[Path] = []
     labels: list[int] = []
     for one, where in zip(task.classes, folders, strict=True):
         if where is None:
-            there = [path.name for path in folder.iterdir() if path not in folders]
-            close = did_you_mean(difflib.get_close_matches(one.name, there, n=1))
+            others = [name for name, path in there.items() if path not in folders]
+            close = did_you_mean(difflib.get_close_matches(one.name, others, n=1))
             raise InputFileError(f"{folder}: class {one.name!r} of {task.name} has no folder there{close}")
         found = find_images(where)
         if not found:
@@ -65,8 +72,15 @@ def read_class_folders(folder: Path, task: Task) -> LabelledImages | None:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """All files below a folder in the order of their paths, but hidden ones, as systems leave them. Raises OSError."""
-    return [path for path in sorted(folder.rglob("*")) if not path.is_dir() and not path.name.startswith(".")]
+    """The image files below a folder, by their endings, in the order of their paths. Hidden ones, those in folders that
+    systems and programs make for themselves, and files of other endings are passed over. Raises OSError."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        parts = path.relative_to(folder).parts
+        own = not any(part.startswith((".", "@", "$")) or part in NOT_OURS for part in parts)
+        if own and path.suffix.lower() in ENDINGS and not path.is_dir():
+            found.append(path)
+    return found
 
 
 def read_image(file: Path, size: int) -> NDArray[np.uint8]:
@@ -103,9 +117,8 @@ def mean_and_deviation(files: Sequence[Path], size: int) -> tuple[list[float], l
     return mean.round(4).tolist(), deviation.round(4).tolist()
 
 
-def _class_folder(folder: Path, one: TaskClass) -> Path | None:
+def _class_folder(there: Mapping[str, Path], one: TaskClass) -> Path | None:
     for name in (one.name, one.wnid):
-        # A name with a slash would lead elsewhere.
-        if name and Path(name).name == name and (folder / name).is_dir():
-            return folder / name
+        if name and (found := there.get(unicodedata.normalize("NFC", name))) and found.is_dir():
+            return found
     return None

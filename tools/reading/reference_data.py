@@ -13,7 +13,7 @@ from torchvision.datasets import CIFAR100
 from submission.dataset.dataset_file import mean_and_std
 from submission.errors import InputFileError
 from submission.tasks import Task
-from tools.reading.image_folder import read_class_folders
+from tools.reading.image_folder import find_images, read_class_folders
 from tools.reading.tensor_files import LabelledImages, read_truth
 
 TINY_IMAGENET = "tiny-imagenet-200"
@@ -57,11 +57,14 @@ def _cifar100(folder: Path, task: Task) -> LabelledImages:
 
 
 def _tiny_imagenet(folder: Path, task: Task) -> LabelledImages:
+    """As the archive unpacks, or with `val/` sorted into a folder per class."""
     index = {one.wnid: one.index for one in task.classes}
     listing = folder / "val" / "val_annotations.txt"
+    if not find_images(folder / "val" / "images") and (found := read_class_folders(folder / "val", task)):
+        return found
     try:
         with listing.open(newline="", encoding="utf-8") as lines:
-            rows = [(row[0], row[1]) for row in csv.reader(lines, delimiter="\t")]
+            rows = [(row[0], row[1]) for row in csv.reader(lines, delimiter="\t") if row]
         labels = torch.tensor([index[wnid] for _, wnid in rows])
         pixels = np.stack(list(_pixels((folder / "val" / "images" / name for name, _ in rows), task.size)))
     except (OSError, ValueError, IndexError) as error:

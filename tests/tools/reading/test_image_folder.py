@@ -2,6 +2,7 @@
 
 import os
 import struct
+import unicodedata
 import zlib
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from submission.dataset.dataset_file import mean_and_std
 from submission.errors import InputFileError
 from submission.tasks import Task, load_task
 from tools.reading import image_folder
-from tools.reading.image_folder import read_image
+from tools.reading.image_folder import find_images, read_image
 from tools.reading.reference_data import find_reference_data
 
 COLOURS = {"apple": (255, 0, 0), "pear": (0, 255, 0), "plum": (0, 0, 255)}
@@ -40,7 +41,7 @@ def make_images(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["tiny", "."])
-def test_a_folder_a_class(task: Task, tmp_path: Path, place: str) -> None:
+def test_a_folder_per_class(task: Task, tmp_path: Path, place: str) -> None:
     make_images(tmp_path / "truth" / place)
     (tmp_path / "truth" / place / "another class").mkdir()
     found = find_reference_data(tmp_path / "truth", task)
@@ -48,6 +49,41 @@ def test_a_folder_a_class(task: Task, tmp_path: Path, place: str) -> None:
     mean, std = mean_and_std(task)
     pixels = (found.images * std + mean) * 255
     assert torch.equal(pixels.round()[:, :, 8, 8], torch.tensor([(255, 0, 0), (255,) * 3, (0, 255, 0), (0, 0, 255)]))
+
+
+LEFT_BEHIND = (
+    ".hidden/1.png",
+    ".ipynb_checkpoints/1-checkpoint.png",
+    "@eaDir/1.png/SYNOPHOTO_THUMB_M.png",
+    "__MACOSX/._1.png",
+    "._1.png",
+    "$RECYCLE.BIN/1.png",
+    "lost+found/1.png",
+    "Thumbs.db",
+    "desktop.ini",
+    "n01443537_boxes.txt",
+    "notes.md",
+    "no ending",
+)
+
+
+@pytest.mark.parametrize("name", LEFT_BEHIND)
+def test_what_systems_and_programs_leave_is_passed_over(name: str, task: Task, tmp_path: Path) -> None:
+    make_images(tmp_path)
+    file = tmp_path / "pear" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"no image")
+    found = find_reference_data(tmp_path, task)
+    assert found.labels.tolist() == [0, 0, 1, 2]
+    assert len(find_images(tmp_path)) == 4, "init reads them by the same rule"
+
+
+def test_a_folder_s_name_may_be_spelt_in_another_normal_form(task_file: Path, tmp_path: Path) -> None:
+    """As a Mac's file system spells it."""
+    task_file.write_text(task_file.read_text("utf-8").replace('"pear"', '"poiré"'), "utf-8")
+    make_images(tmp_path)
+    (tmp_path / "pear").rename(tmp_path / unicodedata.normalize("NFD", "poiré"))
+    assert find_reference_data(tmp_path, load_task(str(task_file))).labels.tolist() == [0, 0, 1, 2]
 
 
 def test_a_folder_may_be_called_by_its_wordnet_id(task_file: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,26 @@ def test_tiny_imagenet_unpacked(tiny_folder: Path) -> None:
     grey = colours[:1, :, :, :1].repeat(3, axis=3)
     torch.testing.assert_close(found.images, as_in_a_file(np.concatenate([colours, grey]), "tinyimagenet"))
     assert found.labels.tolist() == [7, 0, 199]
+
+
+@pytest.mark.parametrize("inside", ["", "images"])
+def test_tiny_imagenet_sorted_into_folders(inside: str, tiny_folder: Path) -> None:
+    """As scripts on the web sort it, the list left where it was."""
+    val = tiny_folder / "tiny-imagenet-200" / "val"
+    shutil.rmtree(val / "images")
+    for one, image in zip(TINY_TASK.classes, pixels(200, 64), strict=True):
+        (val / str(one.wnid) / inside).mkdir(parents=True)
+        Image.fromarray(image).save(val / str(one.wnid) / inside / "val_0.png")
+    found = find_reference_data(tiny_folder, TINY_TASK)
+    assert found.labels.tolist() == list(range(200))
+    torch.testing.assert_close(found.images, as_in_a_file(pixels(200, 64), "tinyimagenet"))
+
+
+def test_a_blank_line_in_the_list_of_tiny_imagenet_is_nothing(tiny_folder: Path) -> None:
+    listing = tiny_folder / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    before = find_reference_data(tiny_folder, TINY_TASK)
+    listing.write_text(listing.read_text() + "\n")
+    assert torch.equal(find_reference_data(tiny_folder, TINY_TASK).labels, before.labels)
 
 
 @pytest.mark.parametrize(
