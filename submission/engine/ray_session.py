@@ -142,6 +142,7 @@ class RaySession:
             _node_ip_address="127.0.0.1",
             _plasma_directory=str(self._folder),  # shared memory is scarce in containers
             _temp_dir=str(self._folder),
+            runtime_env={"working_dir": str(_empty(self._folder))},
             _system_config={
                 # Its watch over memory would end actors where the page cache fills that; the kernel knows better.
                 "memory_monitor_refresh_ms": 0,
@@ -158,8 +159,16 @@ class RaySession:
         host, _, port = address.rpartition(":")
         if host:  # Ray itself would try for minutes
             socket.create_connection((host, int(port)), timeout=CLUSTER_PATIENCE).close()
-        self.ray.init(
-            address=address, runtime_env={"py_modules": [str(PACKAGE)]}, configure_logging=False, log_to_driver=False
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            env = {"py_modules": [str(PACKAGE)], "working_dir": str(_empty(Path(folder)))}
+            self.ray.init(address=address, runtime_env=env, configure_logging=False, log_to_driver=False)
         if not self.nodes():
             raise ConnectionError("it has no nodes")
+
+
+def _empty(folder: Path) -> Path:
+    """A folder for actors to be in. They would otherwise look for modules in the one that this was started from, first
+    of all, and whatever is called as one of ours, or of Python's, would be taken for it."""
+    empty = folder / "empty"
+    empty.mkdir()
+    return empty
