@@ -42,8 +42,10 @@ COPY ${WEIGHTS} /weights
 WORKDIR /fetch
 COPY tools/__init__.py tools/fetch_weights.py tools/
 COPY submission/__init__.py submission/arguments.py submission/errors.py submission/streams.py submission/
-COPY submission/model/__init__.py submission/model/checkpoint.py submission/model/
-RUN python3 -m tools.fetch_weights /weights && chmod -R a+rX /weights
+COPY submission/model/__init__.py submission/model/checkpoint.py submission/model/choice.py submission/model/hub.py \
+    submission/model/recipe.py submission/model/
+COPY submission/model/recipes submission/model/recipes
+RUN python3 -m tools.fetch_weights sdxl-turbo /weights && chmod -R a+rX /weights
 
 FROM base AS gpu
 # The stand-in is never submitted by accident, and nothing is fetched at run time.

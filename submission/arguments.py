@@ -6,10 +6,14 @@ import signal
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from submission.errors import BankoError, InputFileError, UsageError
 from submission.streams import open_streams
+
+# How a class is asked for (`submission.tasks`).
+STYLES = ("label", "described", "diverse")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -112,3 +116,21 @@ def epoch(text: str) -> float:
     if not re.fullmatch(r"[0-9]{1,18}(\.[0-9]*)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a moment in Unix seconds, such as 1735689600.5")
     return float(text)
+
+
+def guidance(text: str) -> tuple[float, float]:
+    """An argparse type: a strength of guidance, `2.5`, or the range that each image's is drawn from, `1:3`."""
+    found = re.fullmatch(r"(\d{1,6}(?:\.\d+)?)(?::(\d{1,6}(?:\.\d+)?))?", text)
+    low, high = (float(found[1]), float(found[2] or found[1])) if found else (1.0, 0.0)
+    if low > high:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number such as 2.5 nor a range such as 1:3")
+    return low, high
+
+
+def prompts(text: str) -> str | Path:
+    """An argparse type: a style of prompts, or the path of a file of them."""
+    if text in STYLES:
+        return text
+    if not text.endswith(".toml"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(STYLES)}, nor the path of a .toml file")
+    return Path(text)

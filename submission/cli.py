@@ -4,6 +4,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,16 @@ from submission.arguments import (
     devices,
     epoch,
     exit_code_of,
+    guidance,
     number_from,
     parse_seconds,
+    prompts,
 )
 from submission.errors import OutputError, UsageError
 from submission.launchers import rank_and_count
 from submission.plan.budget import start_budget
 from submission.plan.guard import Guard
-from submission.tasks import Task, builtin_names, load_task
+from submission.tasks import Task, builtin_names, load_task, parse_prompts
 
 if TYPE_CHECKING:
     from submission.engine import Load
@@ -74,17 +77,26 @@ def build_parser() -> Parser:
         "--model",
         default="auto",
         metavar="MODEL",
-        help="auto, embedded, a folder in SDXL-Turbo's layout, or a hub id; auto is $BANKO_MODEL, else "
-        "models/sdxl-turbo, else SDXL-Turbo from the hub with a GPU and the embedded model without",
+        help="auto, embedded, a recipe's name or .toml, a folder in the layout of diffusers, or a hub id; auto is "
+        "$BANKO_MODEL, else models/sdxl-turbo, else SDXL-Turbo from the hub with a GPU and the embedded model without",
+    )
+    add("--steps", type=number_from(1), metavar="N", help="passes of the UNet (default: the recipe's; else 1)")
+    add(
+        "--guidance",
+        type=guidance,
+        metavar="X",
+        help="how far prompts are followed, up to 1: as they are; X:Y: drawn for each image (default: the recipe's)",
     )
     add("--resolution", type=number_from(1), metavar="PX", help="width of the canvas (default: the checkpoint's own)")
     add("--aug-per-image", type=number_from(0), default=4, metavar="N", help="copies per image at most; 0: none")
     add("--pda", choices=("paper", "natural", "none"), default="natural", help="how copies are made")
     add(
         "--prompts",
-        choices=("label", "described", "diverse"),
-        default="described",
-        help="bare class names, descriptions, or descriptions in phrasings taken in turn",
+        type=prompts,
+        metavar="STYLE",
+        help="label, bare class names; described; diverse, descriptions in phrasings and domains taken in turn; or a "
+        '.toml with lines such as apple = ["a photo of an apple", "a red apple"] (default: diverse, but for the '
+        "embedded model, and for tasks without phrasings, described)",
     )
     add(
         "--decoder",
@@ -158,6 +170,7 @@ def _run(options: argparse.Namespace, process_start: float, prepare: Callable[..
 
 
 def _request(options: argparse.Namespace, task: Task) -> "JobRequest":
+    from submission.model.choice import ModelRequest  # noqa: PLC0415
     from submission.model.decoder import RUNGS  # noqa: PLC0415  # slow to import
     from submission.model.image_spec import ImageSpec  # noqa: PLC0415
     from submission.request import DeviceRequest, JobRequest  # noqa: PLC0415
@@ -166,9 +179,12 @@ def _request(options: argparse.Namespace, task: Task) -> "JobRequest":
         known = ", ".join(("auto", *RUNGS))
         raise UsageError(f"argument --decoder: {options.decoder!r} is none of {known}; ./run.sh --help says more")
     kind, count = options.devices
+    style = options.prompts
+    if isinstance(style, Path):
+        task, style = replace(task, own_prompts=parse_prompts(style, task)), "own"
     return JobRequest(
-        image=ImageSpec(task, options.prompts, options.seed, options.resolution, options.decoder),
-        model=options.model,
+        image=ImageSpec(task, style, options.seed, options.resolution, options.decoder),
+        model=ModelRequest(options.model, options.steps, options.guidance),
         output=options.output,
         cap=options.max_ipc or task.max_ipc,
         copies=options.aug_per_image,

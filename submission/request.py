@@ -7,6 +7,8 @@ import torch
 
 from submission.dataset.augment import PdaStyle
 from submission.dataset.dataset_file import FileSpec
+from submission.model.checkpoint import Checkpoint
+from submission.model.choice import ModelRequest
 from submission.model.image_spec import ImageSpec
 from submission.plan.estimates import Composition, Extent
 
@@ -28,11 +30,11 @@ class DeviceRequest:
 
 @dataclass(frozen=True)
 class JobRequest:
-    """Which images, by which `model`, and the file: at most `copies` per image and `cap` images per class, `dtype` of
+    """Which images, by which model, and the file: at most `copies` per image and `cap` images per class, `dtype` of
     its numbers. `resume` goes on from the rounds of an interrupted run."""
 
     image: ImageSpec
-    model: str
+    model: ModelRequest
     output: Path
     cap: int
     copies: int
@@ -53,18 +55,24 @@ class JobRequest:
     def spool(self) -> Path:
         return self.output / f".{self.image.task.name}.spool"
 
-    def facts(self) -> dict[str, object]:
+    def facts(self, checkpoint: Checkpoint) -> dict[str, object]:
         """For the manifest."""
-        image = self.image
+        image, sampling = self.image, checkpoint.sampling
         return {
             "task": image.task.name,
-            "model": self.model,
+            "model": self.model.name,
             "classes": len(image.task.classes),
             "size": image.task.size,
             "max_ipc": self.cap,
             "copies_per_image": self.composition.copies,
             "pda": self.pda,
-            "prompts": image.prompts,
+            "prompts": image.style(checkpoint),
+            "sampling": {
+                "scheduler": sampling.scheduler or checkpoint.configs["scheduler"].get("_class_name"),
+                "steps": sampling.count,
+                "timesteps": list(sampling.timesteps),
+                "guidance": list(sampling.guidance),
+            },
             "seed": image.seed,
             "dtype": self.dtype,
         }

@@ -2,10 +2,17 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 # Networks this small gain nothing from a second thread, and waiting for one on a busy machine costs a lot.
@@ -34,7 +41,8 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=24)
 
 
-def make_pipeline(prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
+def make_pipeline(prediction_type: str = "epsilon", layout: str = "sdxl") -> Any:
+    """A pipeline of diffusers, `sdxl` or `sd`, with two or one text encoders and a few random weights."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer()
     text = CLIPTextConfig(
@@ -49,26 +57,29 @@ def make_pipeline(prediction_type: str = "epsilon") -> StableDiffusionXLPipeline
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    told_sizes = {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 24 + 6 * 4,
+    }
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(8, 16),
         layers_per_block=1,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
+        cross_attention_dim=32 if layout == "sdxl" else 16,
         attention_head_dim=(1, 2),
         norm_num_groups=4,
         use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=24 + 6 * 4,
+        **(told_sizes if layout == "sdxl" else {}),
     )
     vae = AutoencoderKL(
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=4,
-        scaling_factor=0.5,
+        scaling_factor=0.5 if layout == "sdxl" else 0.18215,
         force_upcast=True,
     )
     scheduler = EulerAncestralDiscreteScheduler(
@@ -76,11 +87,16 @@ def make_pipeline(prediction_type: str = "epsilon") -> StableDiffusionXLPipeline
         beta_end=0.012,
         beta_schedule="scaled_linear",
         timestep_spacing="trailing",
+        steps_offset=1,
         prediction_type=prediction_type,
     )
-    return StableDiffusionXLPipeline(
-        vae, CLIPTextModel(text), CLIPTextModelWithProjection(text), tokenizer, make_tokenizer(), unet, scheduler
-    )
+    encoder = CLIPTextModel(text)
+    if layout == "sd":
+        return StableDiffusionPipeline(
+            vae, encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        )
+    second = CLIPTextModelWithProjection(text)
+    return StableDiffusionXLPipeline(vae, encoder, second, tokenizer, make_tokenizer(), unet, scheduler)
 
 
 @pytest.fixture(autouse=True)

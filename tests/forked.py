@@ -36,7 +36,8 @@ from submission.job.files import JobFiles
 from submission.log import Log
 from submission.machine.crowding import Crowding
 from submission.machine.memory import WorkingMemory
-from submission.model.checkpoint import EMBEDDED, Checkpoint, choose, inspect
+from submission.model.checkpoint import EMBEDDED, Checkpoint, inspect
+from submission.model.choice import choose
 from submission.model.generator import Generator, load_generator
 from submission.model.image_spec import ImageSpec
 from submission.plan import guard

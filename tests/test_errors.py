@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from submission import cli
 from tests import forked
@@ -68,6 +69,14 @@ def make_folder(folder: Path, checkpoint: Path) -> None:
     (folder / "file").write_text("in the way")
     (folder / "taken/tiny.pt").mkdir(parents=True)
     (folder / "empty").mkdir()
+    torch.save({"conv_in.weight": Path}, folder / "weights.bin")
+    save_file({"lora_unet_up_blocks_9_proj_in.lora_down.weight": torch.ones(1, 4)}, folder / "one_half.safetensors")
+    other = {f"lora_unet_up_blocks_9_proj_in.lora_{end}.weight": torch.ones(4, 4) for end in ("down", "up")}
+    save_file(other, folder / "lora.safetensors")
+    for name, text in RECIPES.items():
+        (folder / f"{name}.toml").write_text(f'base = "checkpoint"\n{text}\n')
+    (folder / "prompts.toml").write_text('apple = ["red"]\nplum = ["blue"]\n')
+    (folder / "pearl.toml").write_text('pearl = ["white"]\n')
     lists = {
         "twice": "cat\ndog\ncat\n",
         "comment": "# animals\ncat\ndog\n",
@@ -93,6 +102,25 @@ def make_folder(folder: Path, checkpoint: Path) -> None:
         Image.new("RGB", (20, 30), "red").save(folder / "photos" / name / "1.png")
 
 
+RECIPES = {
+    "key": "stepz = 4",
+    "number": "[sampling]\nsteps = 0",
+    "both": "[sampling]\nsteps = 1\ntimesteps = [999]",
+    "scheduler": '[sampling]\nscheduler = "MagicScheduler"',
+    "setting": '[sampling]\nscheduler = "LCMScheduler"\nsettings = { sharp = true }',
+    "late": '[sampling]\nscheduler = "LCMScheduler"\ntimesteps = [1000]',
+    "fixed": "[sampling]\ntimesteps = [999, 499]",
+    "sample": '[sampling]\nprediction = "sample"',
+    "prediction": '[sampling]\nprediction = "noise"',
+    "odd_size": "resolution = 18",
+    "part": '[unet]\nfile = "gone.safetensors"',
+    "far_part": '[unet]\nrepository = "nobody/nothing"\nfile = "unet.safetensors"',
+    "pickle": '[unet]\nfile = "weights.bin"',
+    "other_unet": '[unet]\nfile = "lora.safetensors"',
+    "other_lora": '[lora]\nfile = "lora.safetensors"',
+    "half_lora": '[lora]\nfile = "one_half.safetensors"',
+    "whole": 'weights = "lora.safetensors"',
+}
 USAGE = [
     Row("", 2, "the following arguments are required: TASK; ./run.sh --help says more"),
     Row("cifar10", 2, "no task is called 'cifar10' (did you mean 'cifar100'?)"),
@@ -126,6 +154,28 @@ USAGE = [
     Row("broken.toml", 2, "broken.toml:4: size must be an even whole number of pixels, 8 to 1024"),
     Row(f"{'x' * 300}.toml", 2, "File name too long"),
     Row("tiny.toml --model checkpoint --prompts diverse", 2, "add a [phrasings] table such as"),
+    Row("tiny.toml --model checkpoint --prompts nice", 2, "'nice' is none of label, described, diverse, nor the path"),
+    Row("tiny.toml --model checkpoint --prompts no.toml", 2, "no.toml: there is no such file"),
+    Row(
+        "tiny.toml --model checkpoint --prompts prompts.toml",
+        2,
+        "no prompts for 1 classes of tiny, the first is",
+    ),
+    Row("tiny.toml --model checkpoint --prompts pearl.toml", 2, "tiny has no class 'pearl' (did you mean 'pear'?)"),
+    Row("cifar100 --guidance 3:1", 2, "'3:1' is neither a number such as 2.5 nor a range such as 1:3"),
+    Row("cifar100 --steps 0", 2, "argument --steps: '0' is not a whole number, 1 or more"),
+    Row("tiny.toml --model key.toml", 2, "key.toml: unknown key 'stepz'; there are base, revision, weights"),
+    Row("tiny.toml --model tiny.toml", 2, "tiny.toml: unknown key 'name'; there are base"),
+    Row("tiny.toml --model no.toml", 2, "no.toml: cannot be read (No such file or directory)"),
+    Row("tiny.toml --model number.toml", 2, "[sampling] steps must be a whole number, 1 or more, not 0"),
+    Row("tiny.toml --model both.toml", 2, "[sampling] steps and timesteps contradict each other"),
+    Row("tiny.toml --model prediction.toml", 2, "prediction must be one of epsilon, v_prediction, sample, not 'noise'"),
+    Row("tiny.toml --model scheduler.toml", 2, "scheduler MagicScheduler: diffusers has no scheduler of that name"),
+    Row("tiny.toml --model setting.toml", 2, "scheduler LCMScheduler has no setting 'sharp'"),
+    Row("tiny.toml --model late.toml", 2, "timesteps reach from 0 to 999, and 1000 lies outside"),
+    Row("tiny.toml --model fixed.toml", 2, "EulerAncestralDiscreteScheduler takes no timesteps, but a number"),
+    Row("tiny.toml --model sample.toml", 2, "EulerAncestralDiscreteScheduler does not take {'prediction_type'"),
+    Row("tiny.toml --model odd_size.toml", 2, "resolution 18 is no multiple of 4, which checkpoint needs"),
     Row("tiny.toml --model checkpoint --resolution 18", 2, "this checkpoint needs a multiple of 4"),
     Row("tiny.toml --model checkpoint --resolution 4194304", 2, "no memory for the model and its first images"),
     Row("tiny.toml --model checkpoint --decoder tiny", 2, "the checkpoint's folder has no AutoencoderTiny"),
@@ -133,7 +183,15 @@ USAGE = [
 JOB = [
     Row("tiny.toml --model checkpoint --started-at 1000", 3, "is over before the model is loaded: give a longer one"),
     Row("tiny.toml --model nowhere", 4, "--model nowhere: there is no folder nowhere"),
-    Row("tiny.toml --model file", 4, "--model file: there is no folder file"),
+    Row("tiny.toml --model file", 4, "--model file: one file lacks what a checkpoint needs beside weights: write a"),
+    Row("tiny.toml --model sdxl-torbo", 4, "no recipe of that name (dmd2-sdxl, hyper-sd15,"),
+    Row("tiny.toml --model part.toml", 4, "gone.safetensors cannot be read (No such file or directory)"),
+    Row("tiny.toml --model far_part.toml", 4, "nobody/nothing is neither a folder here nor to be had", forked.offline),
+    Row("tiny.toml --model pickle.toml", 4, "weights.bin is damaged or truncated (it holds other things than tensors"),
+    Row("tiny.toml --model other_unet.toml", 4, "lora.safetensors: no unet that suits checkpoint"),
+    Row("tiny.toml --model other_lora.toml", 4, "lora.safetensors is a LoRA for another layout: its up_blocks.9"),
+    Row("tiny.toml --model half_lora.toml", 4, "one_half.safetensors is no LoRA that is understood"),
+    Row("tiny.toml --model whole.toml", 4, "lora.safetensors: no text_encoder that suits checkpoint"),
     Row("tiny.toml --model nobody/nothing", 4, "neither a folder here nor to be had from the hub", forked.offline),
     Row(f"tiny.toml --model {'x' * 300}", 4, "cannot be looked into (File name too long)"),
     Row("tiny.toml", 4, "BANKO_MODEL=/no/where: there is no folder", environment={"BANKO_MODEL": "/no/where"}),

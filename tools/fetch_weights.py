@@ -1,57 +1,99 @@
-"""SDXL-Turbo's files, fp16 variant, fetched where they are not there yet and held to their published SHA-256.
+"""A recipe's files, fetched where they are not there yet and held to their published SHA-256.
 
-    ./run.sh fetch-weights models/sdxl-turbo
+    ./run.sh fetch-weights sdxl-turbo
 
-The image is built with it, before the rest of the code is there: it needs nothing but
-`submission/model/checkpoint.py` and the command line.
+The image is built with it, before the rest of the code is there: it needs nothing but the command line and what finds
+checkpoints in `submission/model/`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from submission.arguments import Parser, exit_code_of
-from submission.errors import CheckpointError
-from submission.model.checkpoint import (
-    SDXL_TURBO,
-    SDXL_TURBO_REVISION,
-    SDXL_TURBO_SHA256,
-    fetch,
-    inspect,
-    weight_digests,
-)
+from submission.errors import CheckpointError, OutputError, UsageError
+from submission.model.checkpoint import Checkpoint, inspect_recipe, weight_digests
+from submission.model.choice import COMPONENTS, PROJECT, SDXL_TURBO, in_folder, without
+from submission.model.hub import fetch, fetch_part, file_sizes, wanted
+from submission.model.recipe import Recipe, load_recipe, recipe_names
+
+# What the files' digests are written to, in the form of sha256sum.
+SUMS = "SHA256SUMS"
 
 
 def build_parser() -> Parser:
     parser = Parser(
         prog="./run.sh fetch-weights",
-        description=f"Leaves the files of {SDXL_TURBO} in a folder (fp16 variant, 7 GB): fetches those that are "
-        f"missing, at revision {SDXL_TURBO_REVISION[:7]}, and checks the weights by SHA-256.",
-        epilog="example:\n  ./run.sh fetch-weights models/sdxl-turbo\n\n"
-        "exit codes: 0 all there; 2 usage; 4 they are not to be had, or others than the published ones",
+        description="Leaves a recipe's files in a folder, models/NAME if none is named: fetches those that are "
+        "missing, and checks weights by SHA-256, as published or, where that is not known, as its file "
+        f"{SUMS} has kept them.",
+        epilog="example:\n  ./run.sh fetch-weights sd-turbo\n  ./run.sh cifar100 --model sd-turbo\n\n"
+        "exit codes: 0 all there; 2 usage; 4 they are not to be had, or others than the published ones; "
+        "5 cannot be written",
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="new, or with some or all of the files")
+    names = ", ".join(recipe_names())
+    parser.add_argument("recipe", metavar="NAME", help=f"a recipe ({names}) or the path of its .toml")
+    parser.add_argument("folder", type=Path, nargs="?", metavar="DIR", help="new, or with some or all of the files")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = build_parser().parse_args(arguments)
-    return exit_code_of(lambda: fetch_weights(options.folder))
+    named = options.recipe in recipe_names() or options.recipe.endswith(".toml")
+    if not named and options.folder is None:  # as it was before there were recipes: the folder alone
+        options.recipe, options.folder = SDXL_TURBO, Path(options.recipe)
+    return exit_code_of(lambda: fetch_weights(options.recipe, options.folder), file_error=OutputError)
 
 
-def fetch_weights(folder: Path) -> None:
-    """Completes `folder`; asks the hub only where a file is missing or cut short. Raises CheckpointError."""
+def fetch_weights(name: str, folder: Path | None) -> None:
+    """Completes the folder; asks the hub only where a file is missing or cut short.
+
+    Raises UsageError, CheckpointError, OSError.
+    """
+    recipe = load_recipe(name)
+    folder = folder or PROJECT / "models" / recipe.name
     try:
-        found = inspect(folder, "fetch-weights")
+        found = inspect_recipe(in_folder(recipe, folder), "fetch-weights")
+    except UsageError:
+        raise
     except CheckpointError as error:
-        print(f"{error}; fetching what is missing of {SDXL_TURBO}", flush=True)
-        found = inspect(fetch(SDXL_TURBO, revision=SDXL_TURBO_REVISION, folder=folder), "fetch-weights")
-    for name, digest in weight_digests(found).items():
-        if digest != SDXL_TURBO_SHA256.get(name):
+        print(f"{error}; fetching what is missing of {recipe.name}", flush=True)
+        found = _complete(recipe, folder)
+    parts = {part.file: part.sha256 for part in (recipe.unet, recipe.lora) if part and part.sha256}
+    _check(weight_digests(found), folder, {**recipe.sha256, **parts})
+
+
+def _complete(recipe: Recipe, folder: Path) -> Checkpoint:
+    parts = [part for part in (recipe.unet, recipe.lora) if part and part.repository]
+    there = Path(recipe.base).is_dir()
+    size = sum(file_sizes(str(part.repository), part.revision).get(part.file, 0) for part in parts)
+    if not there:
+        size += sum(wanted(file_sizes(recipe.base, recipe.revision), COMPONENTS, without(recipe)).values())
+    print(f"{size / 1e9:.1f} GB of weights into {folder}; licence: {recipe.licence or 'not known'}", flush=True)
+    if not there:
+        fetch(recipe.base, COMPONENTS, without=without(recipe), revision=recipe.revision, folder=folder)
+    for part in parts:
+        fetch_part(part, folder=folder)
+    return inspect_recipe(in_folder(recipe, folder), "fetch-weights")
+
+
+def _check(digests: Mapping[str, str], folder: Path, published: Mapping[str, str]) -> None:
+    """Holds weights to what is published of them, or was written down before, and writes down what is new."""
+    sums = folder / SUMS
+    lines = sums.read_text("utf-8").splitlines() if sums.exists() else []
+    kept = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    for name, digest in digests.items():
+        if name in published and digest != published[name]:
             raise CheckpointError(
-                f"{folder / name} is not SDXL-Turbo's fp16 file as published (SHA-256 {digest}): remove it, try again"
+                f"{folder / name} is not the file as published (SHA-256 {digest}): remove it, try again"
             )
-        print(f"{folder / name}: as published", flush=True)
+        if name not in published and digest != kept.get(name, digest):
+            raise CheckpointError(
+                f"{folder / name} is another file than when it was fetched (SHA-256 {digest}): remove it, try again"
+            )
+        print(f"{folder / name}: {'as published' if name in published else f'SHA-256 {digest}'}", flush=True)
+    if new := {name: digest for name, digest in digests.items() if name not in published | kept.keys()}:
+        sums.write_text("".join(f"{digest}  {name}\n" for name, digest in (kept | new).items()), "utf-8")
 
 
 if __name__ == "__main__":

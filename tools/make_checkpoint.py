@@ -1,9 +1,10 @@
-"""Writes a checkpoint of SDXL-Turbo's layout with random weights, to measure and test with where the real one is not.
+"""Writes a checkpoint with random weights, to measure and test with where the real one is not.
 
-    ./run.sh make-checkpoint models/random --size full
+    ./run.sh make-checkpoint models/random --layout sdxl --size full
 
-`full` has SDXL-Turbo's own configurations (`tools/sdxl_turbo/`), and so its speed and its memory; its pictures are
-noise. `small` is the same wiring, narrow. Components are made and written one at a time.
+`full` has the configurations of SDXL-Turbo or of Stable Diffusion 2.1 or 1.5 (`tools/sdxl_turbo/` and its neighbours),
+and so their speed and memory; its pictures are noise. `small` is the same wiring, narrow. Components are made and
+written one at a time.
 """
 
 import itertools
@@ -25,12 +26,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from submission.arguments import Parser, exit_code_of, number_from
 from submission.errors import OutputError, UsageError
-from submission.model.checkpoint import WEIGHTS
+from submission.model.checkpoint import LAYOUTS, WEIGHTS
 from submission.tasks import builtin_names, load_task
 from tools.training.layout import build_tokenizer
 from tools.training.prompts import all_prompts
 
-CONFIGS = Path(__file__).parent / "sdxl_turbo"
+# A folder with configurations for each layout.
+CONFIGS = {"sdxl": "sdxl_turbo", "sd21": "sd21", "sd15": "sd15"}
 # What `small` changes: widths, and depths of what is deep.
 SMALL: dict[str, dict[str, Any]] = {
     "text_encoder": {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2},
@@ -51,6 +53,13 @@ SMALL: dict[str, dict[str, Any]] = {
     },
     "vae": {"block_out_channels": [32, 32, 64, 64]},
 }
+SMALL_SD = SMALL | {
+    "unet": {
+        "block_out_channels": [32, 64, 64, 64],
+        "attention_head_dim": [1, 2, 2, 2],
+        "cross_attention_dim": 32,
+    }
+}
 # Standard deviation of embeddings, as CLIP's are initialised.
 EMBEDDING_STD = 0.02
 BYTES_PER_WEIGHT = 2  # fp16
@@ -59,14 +68,15 @@ BYTES_PER_WEIGHT = 2  # fp16
 def build_parser() -> Parser:
     parser = Parser(
         prog="./run.sh make-checkpoint",
-        description="Writes a checkpoint of SDXL-Turbo's layout with random fp16 weights.",
+        description="Writes a checkpoint with random fp16 weights.",
         epilog="example:\n  ./run.sh make-checkpoint models/random --size small\n"
         "  ./run.sh cifar100 --model models/random --resolution 64\n\n"
         "exit codes: 0 written; 2 usage; 5 it cannot be written",
     )
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="a new folder")
-    add("--size", choices=("full", "small"), default="full", help="full: as large as SDXL-Turbo, 7 GB; small: a few MB")
+    add("--layout", choices=tuple(CONFIGS), default="sdxl", help="of SDXL-Turbo, or of Stable Diffusion 2.1 or 1.5")
+    add("--size", choices=("full", "small"), default="full", help="full: as large as these, 2 to 7 GB; small: a few MB")
     add("--seed", type=number_from(0), default=0, metavar="N", help="of the weights")
     return parser
 
@@ -74,18 +84,20 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = build_parser().parse_args(arguments)
-    return exit_code_of(lambda: make_checkpoint(options.folder, options.size, options.seed))
+    return exit_code_of(lambda: make_checkpoint(options.folder, options.layout, options.size, options.seed))
 
 
-def make_checkpoint(folder: Path, size: str, seed: int) -> None:
+def make_checkpoint(folder: Path, layout: str, size: str, seed: int) -> None:
     """Write it into a folder that does not exist yet, or is empty. Raises UsageError, OutputError."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already: name a new folder")
-    configs = {file.relative_to(CONFIGS): json.loads(file.read_bytes()) for file in CONFIGS.rglob("*.json")}
+    source = Path(__file__).parent / CONFIGS[layout]
+    configs = {file.relative_to(source): json.loads(file.read_bytes()) for file in source.rglob("*.json")}
+    components = LAYOUTS[configs[Path("model_index.json")]["_class_name"]]
     if size == "small":
-        for component, changes in SMALL.items():
-            configs[Path(component) / "config.json"] |= changes
-    networks = {component: on_paper(component, configs[Path(component) / "config.json"]) for component in WEIGHTS}
+        for component in components:
+            configs[Path(component) / "config.json"] |= (SMALL if layout == "sdxl" else SMALL_SD)[component]
+    networks = {component: on_paper(component, configs[Path(component) / "config.json"]) for component in components}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         need = BYTES_PER_WEIGHT * sum(p.numel() for network in networks.values() for p in network.state_dict().values())
@@ -94,7 +106,7 @@ def make_checkpoint(folder: Path, size: str, seed: int) -> None:
         for file, config in configs.items():
             (folder / file).parent.mkdir(exist_ok=True)
             (folder / file).write_text(json.dumps(config, indent=2) + "\n")
-        _write_tokenizers(folder, configs[Path("text_encoder/config.json")])
+        _write_tokenizers(folder, components, configs[Path("text_encoder/config.json")])
         for number, (component, network) in enumerate(networks.items()):
             file = folder / component / f"{WEIGHTS[component]}.fp16.safetensors"
             save_file(_random_weights(network, (seed, number)), file, metadata={"format": "pt"})
@@ -131,14 +143,15 @@ def _random_weights(network: torch.nn.Module, seed: tuple[int, int]) -> dict[str
         return dict(zip(shapes, pool.map(draw, itertools.count(), shapes, shapes.values()), strict=True))
 
 
-def _write_tokenizers(folder: Path, config: dict[str, Any]) -> None:
+def _write_tokenizers(folder: Path, components: Sequence[str], config: dict[str, Any]) -> None:
     """Tokenizers with merges learnt from the tasks' prompts: CLIP's are not ours to hand on, and nothing depends on
     which number a token has."""
     prompts = all_prompts([load_task(name) for name in builtin_names()])
     tokenizer = build_tokenizer(prompts, config["vocab_size"])
     tokenizer.model_max_length = config["max_position_embeddings"]
-    for part in ("tokenizer", "tokenizer_2"):
-        tokenizer.save_pretrained(folder / part)
+    for component in components:
+        if component.startswith("text_encoder"):
+            tokenizer.save_pretrained(folder / component.replace("text_encoder", "tokenizer"))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from submission.machine.limits import cores
 from submission.machine.memory import WorkingMemory
 from submission.model import pipeline
 from submission.model.calibration import choose_decoder
-from submission.model.checkpoint import EMBEDDED, Checkpoint, fingerprint, inspect
+from submission.model.checkpoint import EMBEDDED, Checkpoint, fingerprint, inspect_recipe
 from submission.model.decoder import load_student, save_student
 from submission.model.footprint import room_for_projections
 from submission.model.generator import Generator, load_generator
@@ -183,14 +183,15 @@ def load_elsewhere(
 
     Raises UsageError and CheckpointError.
     """
-    path = EMBEDDED if loading.embedded else loading.checkpoint.path
+    recipe = loading.checkpoint.recipe
+    recipe = replace(recipe, base=str(EMBEDDED)) if loading.embedded else recipe
     try:
-        checkpoint = inspect(path, loading.checkpoint.source)
+        checkpoint = inspect_recipe(recipe, loading.checkpoint.source)
         label = fingerprint(checkpoint)
     except CheckpointError as error:
         raise CheckpointError(f"{error}: put the checkpoint at the same path there, or on a shared disk") from error
     if label != loading.label:
-        raise CheckpointError(f"{path} holds another checkpoint there: copy the one of the driver's machine")
+        raise CheckpointError(f"{recipe.base} holds another checkpoint there: copy the one of the driver's machine")
     return load_maker(replace(loading, checkpoint=checkpoint), seconds_left, like, network, log)
 
 

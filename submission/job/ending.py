@@ -10,6 +10,7 @@ from submission.errors import BankoError, BudgetError, OutputError
 from submission.job.files import JobFiles
 from submission.log import Log
 from submission.machine.disk import release
+from submission.model.recipe import Sampling
 from submission.plan.planner import Planner
 from submission.report.manifest import Digests
 from submission.request import JobRequest
@@ -25,9 +26,16 @@ class Ending:
     """Ends a job: what the guard calls (`submission.plan.guard.Duties`), and the main thread's last step."""
 
     def __init__(
-        self, request: JobRequest, engine: Engine, planner: Planner, files: JobFiles, digests: Digests, log: Log
+        self,
+        request: JobRequest,
+        sampling: Sampling,
+        engine: Engine,
+        planner: Planner,
+        files: JobFiles,
+        digests: Digests,
+        log: Log,
     ) -> None:
-        self._request, self._engine, self._planner = request, engine, planner
+        self._request, self._sampling, self._engine, self._planner = request, sampling, engine, planner
         self._files, self._digests, self._log = files, digests, log
         self._complete = False
 
@@ -97,6 +105,8 @@ class Ending:
             f"{request.dataset}: {plan.composition.classes} classes, IPC {extent.ipc} "
             f"({min(extent.rounds, extent.ipc)} generated, {copies}), {plan.budget.left:.1f} s before the deadline"
         )
+        if unused := idle_time(self._planner, self._sampling):
+            log.say(unused)
         self._complete = True
         if plan.budget.hurried and spool.count < plan.composition.cap:
             log.say(f"its {spool.count} rounds are kept in {spool.folder}: --resume goes on from them")
@@ -123,6 +133,23 @@ class Ending:
             log.warn(f"no report ({error}): {later}")
         else:
             log.say(f"{page}: what happened, written {budget.left:.1f} s before the deadline")
+
+
+def idle_time(planner: Planner, sampling: Sampling) -> str | None:
+    """What would have fitted into the time left, where there is much of it: more images or, of a model that more steps
+    help, better ones."""
+    if not (room := planner.would_fit()):
+        return None
+    images, times = room
+    steps = min(sampling.most_steps, int(times * (sampling.count or 1)))
+    better = f", or --steps {steps}" if steps > (sampling.count or 1) else ""
+    return f"{planner.budget.usable:.0f} s were not needed: --max-ipc {_rounded(images)}{better} would have fitted"
+
+
+def _rounded(number: int) -> int:
+    """Down to two digits that count."""
+    unit: int = 10 ** max(0, len(str(number)) - 2)
+    return number // unit * unit
 
 
 def report_seconds(classes: int) -> float:

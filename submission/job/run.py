@@ -16,7 +16,7 @@ from submission.engine.alone import Alone
 from submission.engine.fleet import Fleet
 from submission.engine.maker import Loading, load_elsewhere, load_maker
 from submission.errors import OutputError
-from submission.job.ending import REPORT_SHARE, Ending, report_seconds
+from submission.job.ending import REPORT_SHARE, Ending, idle_time, report_seconds
 from submission.job.files import JobFiles, composition_that_fits
 from submission.job.generate import Generation
 from submission.job.history import History
@@ -24,7 +24,8 @@ from submission.log import Log
 from submission.machine.device import choose_devices, unseen_gpu
 from submission.machine.disk import claimed, offer_temporary, remove_unfinished
 from submission.machine.memory import peak_memory
-from submission.model.checkpoint import EMBEDDED, Checkpoint, choose, fingerprint
+from submission.model.checkpoint import EMBEDDED, Checkpoint, fingerprint
+from submission.model.choice import choose
 from submission.plan.budget import Budget
 from submission.plan.estimates import Composition, Extent, FileCost
 from submission.plan.file_plan import FilePlan
@@ -70,7 +71,7 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
                 made["images_per_second"] = round(planner.images / seconds, 2)
                 made["peak_memory_bytes"] = max(made["peak_memory_bytes"], peak_memory())
                 return {
-                    **request.facts(),
+                    **request.facts(checkpoint),
                     "ipc": extent.ipc,
                     "rounds": extent.rounds,
                     "resumed_rounds": spool.before,
@@ -78,11 +79,12 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
                     **log.facts(),
                     **digests.facts(),
                     **machine(),
+                    "idle_time": idle_time(planner, checkpoint.sampling),
                     **history.facts(),  # the longest, last
                 }
 
             files = JobFiles(request, spool, file_plan, manifest_of, log)
-            ending = Ending(request, engine, planner, files, digests, log)
+            ending = Ending(request, checkpoint.sampling, engine, planner, files, digests, log)
             guard.serve(ending)
             try:
                 Generation(request.devices, engine, planner, queue, files, history, log).run(guard.stop)

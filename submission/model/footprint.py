@@ -1,5 +1,7 @@
 """What a job takes of memory at most, said before the model is loaded."""
 
+from collections.abc import Sequence
+
 import torch
 
 from submission.log import Log
@@ -21,7 +23,7 @@ def room_for_projections(
 ) -> bool:
     """Whether the memory of the device has room for all prompts' projections. On a CPU, says how much memory this
     process takes at most, and whether that is there, where `sharing` processes share the machine's."""
-    prompts = sum(map(len, image.task.prompts(image.prompts)))
+    prompts = sum(map(len, image.prompt_rows(checkpoint))) + checkpoint.sampling.guided
     projections = prompts * checkpoint.projected_size * dtype.itemsize
     if device.type == "cuda":
         return projections <= PROJECTIONS_SHARE * torch.cuda.mem_get_info(device)[0]
@@ -42,15 +44,17 @@ def memory_needed(checkpoint: Checkpoint, task: Task, prompts: int, itemsize: in
     """Bytes of memory that a job on a CPU takes at most beside the projections of its prompts, with so many prompts,
     `itemsize` bytes per number in the model and so many threads that write the file. It does not grow with the images
     per class: rounds lie on disk."""
-    weights = {component: _weights(checkpoint, component, itemsize) for component in checkpoint.variants}
     # The text encoders are let go one after the other, before the rest is loaded.
-    loaded = max(weights["text_encoder"], weights["text_encoder_2"], weights["unet"] + weights["vae"])
+    together = [[encoder] for encoder in checkpoint.text_encoders] + [["unet", "vae"]]
+    loaded = max(_weights(checkpoint, components, itemsize) for components in together)
     embeddings = 2 * prompts * checkpoint.prompt_size * itemsize  # in parts, and then in one piece
     one_round = len(task.classes) * 3 * task.size**2
     return LIBRARIES + loaded + embeddings + one_round + WRITING * writers + WORKING
 
 
-def _weights(checkpoint: Checkpoint, component: str, itemsize: int) -> int:
-    """Bytes of a component's weights: as they are in the mapped file, and as they are loaded."""
-    file = sum(file.stat().st_size for file in checkpoint.weight_files(component))
-    return file + file * itemsize // (2 if checkpoint.variants[component] else 4)
+def _weights(checkpoint: Checkpoint, components: Sequence[str], itemsize: int) -> int:
+    """Bytes of components' weights: as they are in the mapped files, and as they are loaded."""
+    weights = [checkpoint.weights[component] for component in components]
+    # A file that replaces some may hold all of them, in whichever precision.
+    bytes_of = {file: 2 if one.variant or one.replaces else 4 for one in weights for file in one.files}
+    return sum(size + size * itemsize // each for file, each in bytes_of.items() for size in [file.stat().st_size])

@@ -17,6 +17,7 @@ from submission.model import pipeline
 from submission.model.checkpoint import Checkpoint, read_ahead
 from submission.model.decoder import Decoder, choose_vae_dtype, decode, full_decoder
 from submission.model.image_spec import ImageSpec
+from submission.model.sampler import Sampler, draw, in_float32, load_sampler, sample
 from submission.tasks import Task
 
 
@@ -29,7 +30,7 @@ class Generator:
     """
 
     image: ImageSpec
-    sampler: pipeline.Sampler
+    sampler: Sampler
     conditioning: pipeline.Conditioning
     prompt_of: Tensor
     vae: Any
@@ -69,15 +70,18 @@ class Generator:
     def latents(self, numbers: NDArray[np.int64], log: Log) -> Tensor:
         """Clean latents, float32 [n, 4, side, side], of the images of those numbers."""
         rounds, labels = np.divmod(numbers, len(self.task.classes))
-        noise = pipeline.draw_noise(self.image.seed, labels.tolist(), rounds.tolist(), self.sampler.side)
         prompts = self.prompt_of[torch.from_numpy(rounds) % len(self.prompt_of), torch.from_numpy(labels)]
-        latents = pipeline.sample(self.sampler, self.conditioning, prompts.to(self.sampler.device), noise)
+        latents = self._sample(labels, rounds, prompts)
         finite = latents.flatten(1).isfinite().all(1)
         if not finite.all() and self.sampler.dtype != torch.float32:
             self._count(finite, f"the UNet in {_name(self.sampler.dtype)}: generating in float32 from now on", log)
-            self.sampler, self.conditioning = pipeline.in_float32(self.sampler, self.conditioning)
-            latents = pipeline.sample(self.sampler, self.conditioning, prompts.to(self.sampler.device), noise)
+            self.sampler, self.conditioning = in_float32(self.sampler, self.conditioning)
+            latents = self._sample(labels, rounds, prompts)
         return latents
+
+    def _sample(self, labels: NDArray[np.int64], rounds: NDArray[np.int64], prompts: Tensor) -> Tensor:
+        draws = draw(self.sampler, self.image.seed, labels.tolist(), rounds.tolist())
+        return sample(self.sampler, self.conditioning, prompts.to(self.sampler.device), draws)
 
     def _count(self, sound: Tensor, remedy: str, log: Log) -> None:
         broken = int((~sound).sum())
@@ -103,7 +107,7 @@ def load_generator(
     if resolution < size:
         log.warn(f"images are generated at {resolution} px and enlarged to {size} px")
     dtype = dtype or pipeline.choose_dtype(device)
-    phrasings = image.task.prompts(image.prompts)
+    phrasings = image.prompt_rows(checkpoint)
     prompts = list(dict.fromkeys(chain.from_iterable(phrasings)))
     index_of = {prompt: index for index, prompt in enumerate(prompts)}
     read_ahead(checkpoint)
@@ -117,13 +121,16 @@ def load_generator(
         conditioning = pipeline.encode_prompts(checkpoint, prompts, device, dtype)
         return_freed()
     with log.phase("load UNet and VAE"):
-        sampler = pipeline.load_sampler(checkpoint, resolution, device, dtype)
+        sampler = load_sampler(checkpoint, resolution, device, dtype)
         vae = pipeline.load_vae(checkpoint, device, choose_vae_dtype(device, dtype))
     if project_prompts:
         with log.phase("project prompts"):
             conditioning = pipeline.project_prompts(sampler.unet, conditioning)
     encoded = "encoded and projected" if project_prompts else "encoded"
-    log.say(f"{len(prompts)} prompts {encoded}; {resolution} px, UNet in {_name(dtype)}, VAE in {_name(vae.dtype)}")
+    log.say(
+        f"{len(prompts)} prompts {encoded}; {resolution} px, {checkpoint.sampling}, UNet in {_name(dtype)}, "
+        f"VAE in {_name(vae.dtype)}"
+    )
     prompt_of = torch.tensor([[index_of[prompt] for prompt in row] for row in phrasings])
     return Generator(image, sampler, conditioning, prompt_of, vae, full_decoder(vae, size))
 

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 from submission.errors import UsageError
-from submission.model.checkpoint import Checkpoint, fingerprint
+from submission.model.checkpoint import EMBEDDED, Checkpoint, fingerprint
 from submission.model.decoder import Rung
 from submission.tasks import PromptStyle, Task
 
@@ -15,12 +15,14 @@ from submission.tasks import PromptStyle, Task
 class ImageSpec:
     """Images of a task's classes, asked for in the words of a prompt style, from noise of a seed.
 
+    `prompts` None is the style that suits the checkpoint: `diverse` wherever that can be had, but for the embedded one,
+    which does not follow phrasings.
     `resolution` is the side of the canvas in pixels, None the checkpoint's own; `decoder` the way from latents to
     pixels, `auto` the one that is worth most on the device (`submission.model.calibration`).
     """
 
     task: Task
-    prompts: PromptStyle = "described"
+    prompts: PromptStyle | None = "described"
     seed: int = 0
     resolution: int | None = None
     decoder: Rung | Literal["auto"] = "auto"
@@ -33,6 +35,13 @@ class ImageSpec:
             )
         return self.resolution or checkpoint.resolution_for(self.task.size)
 
+    def style(self, checkpoint: Checkpoint) -> PromptStyle:
+        return self.prompts or ("diverse" if self.task.has_phrasings and checkpoint.path != EMBEDDED else "described")
+
+    def prompt_rows(self, checkpoint: Checkpoint) -> list[list[str]]:
+        """Prompts as `[phrasing][class]`, of which round r takes row `r % len`. Raises UsageError."""
+        return self.task.prompts(self.style(checkpoint))
+
     def identity(self, checkpoint: Checkpoint) -> dict[str, str]:
         """All of it, and the checkpoint, by the name of what a person would have to change."""
         task = self.task
@@ -43,7 +52,8 @@ class ImageSpec:
             "seed": str(self.seed),
             "resolution": f"{self.canvas(checkpoint)} px",
             "decoder": self.decoder,
-            "prompts": f"{self.prompts} ({_digest(task.prompts(self.prompts))})",
+            "sampling": f"{checkpoint.sampling} ({_digest(asdict(checkpoint.sampling))})",
+            "prompts": f"{self.style(checkpoint)} ({_digest(self.prompt_rows(checkpoint))})",
         }
 
 

@@ -1,10 +1,5 @@
-"""A checkpoint to prompt embeddings and a one-step sampler.
+"""A checkpoint to prompt embeddings, and to networks that are ready to sample and to decode."""
 
-One step without guidance, as SDXL-Turbo was distilled for: from noise at t = 999 the UNet's prediction gives the clean
-latent directly. With no guidance a negative prompt has no effect, so there is none.
-"""
-
-import math
 import timeit
 import warnings
 from collections.abc import Sequence
@@ -13,51 +8,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from submission.errors import CheckpointError, first_line
-from submission.model.checkpoint import Checkpoint
+from submission.model.checkpoint import Checkpoint, Weights
+from submission.model.lora import fuse
 
 # bf16 must win by this factor on a matrix product before a CPU uses it: where the hardware lacks it, it is hundreds of
 # times slower, and where it has it, at least twice as fast, so that noise does not decide.
 BF16_GAIN = 1.3
-# Separates the random numbers drawn for noise from those drawn for augmentation.
-NOISE_STREAM = 0
 # Prompts encoded at a time, few for the sake of memory.
 PROMPTS_PER_BATCH = 16
-# The folder of a tiny autoencoder, by the name under which the hub has it for SDXL.
-TINY = "taesdxl"
+# The folder of a tiny autoencoder for its latents, by the number of text encoders: its name on the hub.
+TINY = {1: "taesd", 2: "taesdxl"}
+# What a pipeline's model_index.json says where no negative prompt is one of zeros.
+ZEROS = "force_zeros_for_empty_prompt"
 # What torch compiles of a UNet, and in how many shapes at most.
 COMPILED_BLOCKS, SHAPES = ("BasicTransformerBlock", "ResnetBlock2D"), 64
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the UNet is told of each prompt: `embeds` [P, tokens, D] and `pooled` [P, D'], in the UNet's dtype.
+    """What the UNet is told of each prompt: `embeds` [P, tokens, D] and, by SDXL's, `pooled` [P, D'], in the UNet's
+    dtype. Where sampling is guided, the last one is the negative prompt.
 
     Of a UNet that looks projections up (`project_prompts`), `embeds` are the prompts' numbers, int64 [P, 1, 1].
     """
 
     embeds: Tensor
-    pooled: Tensor
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """A UNet with the constants of its single step, for canvases of `resolution` pixels. Latents are [4, side, side];
-    `sigma` is the noise level."""
-
-    unet: Any
-    resolution: int
-    side: int
-    timestep: Tensor
-    sigma: float
-    prediction: str
-    time_ids: Tensor
-    dtype: torch.dtype
-    device: torch.device
+    pooled: Tensor | None
 
 
 def choose_dtype(device: torch.device) -> torch.dtype:
@@ -75,34 +55,43 @@ def choose_dtype(device: torch.device) -> torch.dtype:
 def encode_prompts(
     checkpoint: Checkpoint, prompts: Sequence[str], device: torch.device, dtype: torch.dtype
 ) -> Conditioning:
-    """Encodes every prompt once, as SDXL does: the second-to-last hidden states of both text encoders side by side,
-    and the projected text embedding of the second. The encoders are let go on return. Raises CheckpointError."""
+    """Encodes every prompt once, and the negative prompt where sampling is guided. The encoders are let go on return.
+
+    As SDXL does: the second-to-last hidden states of both text encoders side by side, and the projected text embedding
+    of the second. As Stable Diffusion 1 and 2 do: the last hidden state after its norm. Raises CheckpointError.
+    """
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: PLC0415  # slow
     from transformers.utils import logging  # noqa: PLC0415
 
     logging.disable_progress_bar()
+    sampling, sdxl = checkpoint.sampling, len(checkpoint.text_encoders) > 1
+    told = [*prompts, sampling.negative or ""] if sampling.guided else list(prompts)
     hidden: list[Tensor] = []
     pooled: list[Tensor] = []
-    for suffix, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
-        tokenizer = _load_part(CLIPTokenizer, checkpoint.path, f"tokenizer{suffix}")
-        encoder = _load_model(kind, checkpoint, f"text_encoder{suffix}", device, dtype)
+    for component in checkpoint.text_encoders:
+        second = component == "text_encoder_2"
+        tokenizer = _load_part(CLIPTokenizer, checkpoint.path, component.replace("text_encoder", "tokenizer"))
+        encoder = _load_model(
+            CLIPTextModelWithProjection if second else CLIPTextModel, checkpoint, component, device, dtype
+        )
         tokens = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
+            told, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         ).input_ids.to(device)
         states: list[Tensor] = []
         with torch.inference_mode():
             for batch in tokens.split(PROMPTS_PER_BATCH):
-                output = encoder(batch, output_hidden_states=True)
+                output = encoder(batch, output_hidden_states=sdxl)
                 # The other layers' states, of thousands of prompts, would take many times as much memory.
-                states.append(output.hidden_states[-2])
-                if suffix:
+                states.append(output.hidden_states[-2] if sdxl else output.last_hidden_state)
+                if second:
                     pooled.append(output.text_embeds)
         hidden.append(torch.cat(states))
-    return Conditioning(torch.cat(hidden, dim=-1).to(dtype), torch.cat(pooled).to(dtype))
+    embeds, of_all = torch.cat(hidden, dim=-1).to(dtype), torch.cat(pooled).to(dtype) if pooled else None
+    if sampling.guided and sampling.negative is None and checkpoint.configs["model_index"].get(ZEROS):
+        embeds[-1] = 0
+        if of_all is not None:
+            of_all[-1] = 0
+    return Conditioning(embeds, of_all)
 
 
 def too_long(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[str]:
@@ -114,29 +103,11 @@ def too_long(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[str]:
     return [p for p, length in zip(prompts, lengths, strict=True) if length > tokenizer.model_max_length]
 
 
-def load_sampler(checkpoint: Checkpoint, resolution: int, device: torch.device, dtype: torch.dtype) -> Sampler:
-    """Loads the UNet and works out its single step for canvases of `resolution` pixels. Raises CheckpointError."""
-    from diffusers import EulerAncestralDiscreteScheduler, UNet2DConditionModel  # noqa: PLC0415  # slow to import
+def load_unet(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
+    """The checkpoint's UNet2DConditionModel, its LoRA fused, ready to sample. Raises CheckpointError."""
+    from diffusers import UNet2DConditionModel  # noqa: PLC0415  # slow to import
 
-    unet = _laid_out(_load_model(UNet2DConditionModel, checkpoint, "unet", device, dtype))
-    scheduler = _load_part(EulerAncestralDiscreteScheduler, checkpoint.path, "scheduler")
-    prediction = scheduler.config.prediction_type
-    if prediction not in ("epsilon", "v_prediction"):
-        raise CheckpointError(
-            f"{checkpoint.path}: prediction_type {prediction!r} is not supported (epsilon, v_prediction)"
-        )
-    scheduler.set_timesteps(1)
-    timestep, sigma = scheduler.timesteps[0].to(device), float(scheduler.sigmas[0])
-    sampler = Sampler(unet, 0, 0, timestep, sigma, prediction, torch.empty(0), dtype, device)
-    return at_resolution(sampler, checkpoint, resolution)
-
-
-def at_resolution(sampler: Sampler, checkpoint: Checkpoint, resolution: int) -> Sampler:
-    """The same UNet and step for canvases of `resolution` pixels."""
-    size = [resolution, resolution, 0, 0, resolution, resolution]
-    time_ids = torch.tensor(size, device=sampler.device, dtype=sampler.dtype)
-    side = resolution // checkpoint.vae_factor
-    return replace(sampler, resolution=resolution, side=side, time_ids=time_ids)
+    return _laid_out(_load_model(UNet2DConditionModel, checkpoint, "unet", device, dtype))
 
 
 class Projections(torch.nn.Module):
@@ -164,15 +135,6 @@ def project_prompts(unet: Any, conditioning: Conditioning) -> Conditioning:
     return replace(conditioning, embeds=numbers.view(-1, 1, 1))
 
 
-def in_float32(sampler: Sampler, conditioning: Conditioning) -> tuple[Sampler, Conditioning]:
-    """The same UNet, which is changed, and its step in float32."""
-    embeds, pooled = conditioning.embeds, conditioning.pooled.float()
-    return (
-        replace(sampler, unet=sampler.unet.float(), time_ids=sampler.time_ids.float(), dtype=torch.float32),
-        Conditioning(embeds.float() if embeds.is_floating_point() else embeds, pooled),
-    )
-
-
 def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
     """The checkpoint's AutoencoderKL, ready to decode. Raises CheckpointError."""
     from diffusers import AutoencoderKL  # noqa: PLC0415  # slow to import
@@ -181,9 +143,10 @@ def load_vae(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -
 
 
 def load_tiny(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any | None:
-    """The AutoencoderTiny in a folder `taesdxl` in the checkpoint's folder or beside it, ready to decode; None where
-    there is none. Raises CheckpointError."""
-    folders = [parent / TINY for parent in (checkpoint.path, checkpoint.path.parent)]
+    """The AutoencoderTiny in a folder `taesdxl` (`taesd` for Stable Diffusion 1 and 2) in the checkpoint's folder or
+    beside it, ready to decode; None where there is none. Raises CheckpointError."""
+    name = TINY[len(checkpoint.text_encoders)]
+    folders = [parent / name for parent in (checkpoint.path, checkpoint.path.parent)]
     folder = next((folder for folder in folders if (folder / "config.json").is_file()), None)
     if folder is None:
         return None
@@ -224,40 +187,6 @@ def undo_compilation(network: Any) -> None:
         network.to(memory_format=torch.contiguous_format)
 
 
-def draw_noise(seed: int, classes: Sequence[int], rounds: Sequence[int], side: int) -> Tensor:
-    """Standard normal noise [N, 4, side, side], float32: image by image a function of (seed, class, round) alone."""
-    draws = [
-        np.random.default_rng((seed, NOISE_STREAM, c, r)).standard_normal((4, side, side), dtype=np.float32)
-        for c, r in zip(classes, rounds, strict=True)
-    ]
-    return torch.from_numpy(np.stack(draws))
-
-
-@torch.inference_mode()
-def sample(sampler: Sampler, conditioning: Conditioning, prompts: Tensor, noise: Tensor) -> Tensor:
-    """Clean latents [N, 4, side, side] float32 from `noise` (float32, same shape) in one step.
-
-    `prompts` [N] indexes `conditioning`. With x = sigma * noise, the UNet sees x / sqrt(sigma^2 + 1), and its
-    output gives the clean latent by the definition of its prediction: epsilon, x - sigma * epsilon; v (Salimans & Ho
-    2022 in the scheduler's scaling), x / (sigma^2 + 1) - v * sigma / sqrt(sigma^2 + 1).
-    """
-    noisy = noise.to(sampler.device) * sampler.sigma
-    scale = math.hypot(sampler.sigma, 1)
-    output: Tensor = sampler.unet(
-        (noisy / scale).to(sampler.dtype),
-        sampler.timestep,
-        encoder_hidden_states=conditioning.embeds[prompts],
-        added_cond_kwargs={
-            "text_embeds": conditioning.pooled[prompts],
-            "time_ids": sampler.time_ids.expand(len(noise), -1),
-        },
-        return_dict=False,
-    )[0].float()
-    if sampler.prediction == "epsilon":
-        return noisy - sampler.sigma * output
-    return noisy / scale**2 - output * sampler.sigma / scale
-
-
 def _load_part(kind: Any, path: Path, part: str) -> Any:
     try:
         return kind.from_pretrained(path / part, local_files_only=True)
@@ -266,8 +195,39 @@ def _load_part(kind: Any, path: Path, part: str) -> Any:
 
 
 def _load_model(kind: Any, checkpoint: Checkpoint, component: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """Loads one component of a checkpoint. Raises CheckpointError."""
-    return _load_folder(kind, checkpoint.path / component, checkpoint.variants[component], device, dtype)
+    """Loads one component of a checkpoint, its part of the LoRA fused. Raises CheckpointError."""
+    weights = checkpoint.weights[component]
+    if not weights.replaces:
+        model = _load_folder(kind, weights.folder, weights.variant, device, dtype)
+    else:
+        model = _load_replacement(kind, checkpoint, component, weights, device, dtype)
+    if checkpoint.recipe.lora:
+        fuse(model, component, checkpoint.recipe.lora, checkpoint.configs["unet"])
+    return model
+
+
+def _load_replacement(
+    kind: Any, checkpoint: Checkpoint, component: str, weights: Weights, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """A component from a file with a name of its own: in diffusers' form, or in the authors', with the others in it."""
+    import diffusers  # noqa: PLC0415  # slow to import
+    from diffusers.loaders.single_file_utils import SingleFileComponentError  # noqa: PLC0415
+
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # it would advise on precision, which is chosen here
+    file, told = str(weights.files[0]), {"config": str(checkpoint.path), "local_files_only": True, "torch_dtype": dtype}
+    try:
+        if hasattr(kind, "from_single_file"):
+            model = kind.from_single_file(file, subfolder=component, device=str(device), **told)
+        else:  # a text encoder, which only a whole pipeline loads: the rest of it is left out
+            others = dict.fromkeys({*checkpoint.weights} - {component})
+            pipeline = getattr(diffusers, checkpoint.configs["model_index"]["_class_name"])
+            model = getattr(pipeline.from_single_file(file, **others, **told), component).to(device)
+    except (SingleFileComponentError, OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{file}: no {component} that suits {checkpoint.path} ({first_line(error)})") from error
+    if missing := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise CheckpointError(f"{file} lacks {len(missing)} weights of {component}, the first is {missing[0]}")
+    return model
 
 
 def _load_folder(kind: Any, folder: Path, variant: str | None, device: torch.device, dtype: torch.dtype) -> Any:

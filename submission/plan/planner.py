@@ -14,6 +14,7 @@ from submission.errors import BudgetError
 from submission.plan.batch_size import BatchSize
 from submission.plan.budget import Budget
 from submission.plan.devices import Device, Throughput
+from submission.plan.estimates import Extent
 from submission.plan.file_plan import FilePlan
 
 # Batches measured before a budget is called too small: the first ones are slow.
@@ -24,6 +25,9 @@ BATCH_HOPE = 4.0
 FIRST_BATCH = 5.0
 # A device is started anew where so many times what that takes is left for generating.
 START_GAIN = 2.0
+# With this share of the budget left at the end, what would have fitted into it is worth a line; at most so many times
+# as many rounds are looked at.
+IDLE_SHARE, MOST_TIMES = 0.2, 100
 
 
 @dataclass(frozen=True)
@@ -160,6 +164,22 @@ class Planner:
         """Cautious seconds for so many images, to which each device contributes as it is fast."""
         shares = [(device, images / device.speed.pace.mean / self.images_per_second) for device in self.paced]
         return max((device.speed.bound(share) for device, share in shares), default=0.0)
+
+    def would_fit(self) -> tuple[int, float] | None:
+        """Where all images allowed are made long before the deadline: how many per class the time would have held, and
+        how many times as long each might have taken. None where there is little time left."""
+        budget, files = self.budget, self.file_plan
+        cap, classes = files.composition.cap, files.composition.classes
+        left = budget.usable - files.closing_reserve
+        if not self.done or budget.hurried or not self.paced or left < IDLE_SHARE * budget.seconds:
+            return None
+
+        def takes(rounds: int) -> float:
+            extent = Extent(rounds, rounds)
+            return self.generate((rounds - cap) * classes) + files.cost.bound(extent)
+
+        fitting = bisect_right(range(cap + 1, MOST_TIMES * cap), left, key=takes)
+        return cap + fitting, 1 + left / self.generate(cap * classes)
 
     def facts(self) -> dict[str, Any]:
         """For the manifest: how images are made (by the first device, and in the same manner by all), what each device

@@ -5,7 +5,8 @@ import platform
 import sys
 import threading
 
-from submission.model.checkpoint import Checkpoint, recognise, weight_digests
+from submission.model.checkpoint import Checkpoint, weight_digests
+from submission.model.choice import recognise
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "safetensors")
 

@@ -101,7 +101,10 @@ def shown_positions(classes: int, ipc: int, rounds: int) -> NDArray[np.int64]:
 def _cards(
     task: Task, manifest: Mapping[str, Any], images: Tensor, shown: NDArray[np.int64], accuracies: Mapping[str, float]
 ) -> Iterator[Card]:
-    ipc, prompts = manifest["ipc"], task.prompts(manifest["prompts"])[0]
+    ipc, style = manifest["ipc"], manifest["prompts"]
+    # A report that is made anew does not know what a user's file said.
+    known = style != "own" or task.own_prompts
+    prompts = task.prompts(style)[0] if known else [""] * len(task.classes)
     mean, std = (figure.numpy() for figure in mean_and_std(task))
     values = images.numpy()  # whose lookup stays on this thread, where torch's would wait for others
     for one, prompt in zip(task.classes, prompts, strict=True):

@@ -15,17 +15,18 @@ A task file of one's own has the same form. The least it can hold:
 Indices run from 0 without a gap; they are the labels the evaluator gives to positions. A class may also have
 `label` (the bare words; default: the name with underscores as spaces), `described` (the prompt sent as it stands;
 default: "a photo of a/an LABEL"), `wnid` and `kind`. A kind is a key of the optional `[phrasings]` table, whose
-lists, all of one length, hold templates with one `{}` for the described prompt; `diverse` takes them in turn.
+lists, all of one length, hold templates with one `{}` for the described prompt; `diverse` takes them in turn, and then
+again in other domains ("a drawing of ..."), where all descriptions begin with "a photo of".
 """
 
 import difflib
 from pathlib import Path
 
 from submission.errors import UsageError
-from submission.tasks.parse import did_you_mean, parse_task
+from submission.tasks.parse import did_you_mean, parse_prompts, parse_task
 from submission.tasks.task import PromptStyle, Task, TaskClass
 
-__all__ = ["PromptStyle", "Task", "TaskClass", "builtin_names", "load_task"]
+__all__ = ["PromptStyle", "Task", "TaskClass", "builtin_names", "load_task", "parse_prompts"]
 
 
 def builtin_names() -> list[str]:

@@ -100,20 +100,31 @@ _CLASS_RULES: _Rules = {
 _CLASS_OPTIONAL = {"label", "described", "kind", "wnid"}
 
 
+def parse_prompts(path: Path, task: Task) -> dict[str, tuple[str, ...]]:
+    """A user's own prompts in a TOML file, `class = ["prompt", ...]`, one or more for every class of the task.
+
+    Raises UsageError (`FILE:LINE: what is wrong`).
+    """
+    source, document = _read_document(path)
+    names = {unicodedata.normalize("NFC", c.name): c.name for c in task.classes}
+    told = {unicodedata.normalize("NFC", key): key for key in document}
+    for name, key in told.items():
+        place = source.find(key, (0, len(source.text)))
+        if name not in names:
+            close = did_you_mean(difflib.get_close_matches(name, names, n=1))
+            raise source.refusal(place, f"{task.name} has no class {key!r}{close}")
+        prompts = document[key]
+        if not isinstance(prompts, list) or not prompts or any(_text(prompt) for prompt in prompts):
+            raise source.refusal(place, f"{key} must be a list of prompts, strings of one line, not empty")
+    if missing := [name for name in names if name not in told]:
+        raise UsageError(f"{path}: no prompts for {len(missing)} classes of {task.name}, the first is {missing[0]!r}")
+    return {names[name]: tuple(document[key]) for name, key in told.items()}
+
+
 def parse_task(path: Path) -> Task:
     """The task in a TOML file. Raises UsageError (`FILE:LINE: what is wrong`)."""
-    try:
-        text = read_text(path)
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        document = tomllib.loads(text)
-    except RecursionError as error:
-        raise UsageError(f"{path}:1: not a task file: nested too deeply") from error
-    except ValueError as error:  # TOMLDecodeError, and what int() says to a number of thousands of digits
-        raise UsageError(f"{path}:{_syntax_error_line(str(error), text)}: not valid TOML: {error}") from error
-    source = _Source(path, text, _without_strings(text))
-
+    source, document = _read_document(path)
+    text = source.text
     whole = (0, len(text))
     _check(source, document, whole, _TASK_RULES, _TASK_OPTIONAL)
     tables: list[dict[str, Any]] = document["classes"]
@@ -165,6 +176,21 @@ def parse_task(path: Path) -> Task:
         classes=tuple(c for c, _ in in_order),
         phrasings={kind: tuple(templates) for kind, templates in phrasings.items()},
     )
+
+
+def _read_document(path: Path) -> tuple["_Source", dict[str, Any]]:
+    """A TOML file, as text and as what it says. Raises UsageError."""
+    try:
+        text = read_text(path)
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        document = tomllib.loads(text)
+    except RecursionError as error:
+        raise UsageError(f"{path}:1: not a task file: nested too deeply") from error
+    except ValueError as error:  # TOMLDecodeError, and what int() says to a number of thousands of digits
+        raise UsageError(f"{path}:{_syntax_error_line(str(error), text)}: not valid TOML: {error}") from error
+    return _Source(path, text, _without_strings(text)), document
 
 
 def _task_class(table: Mapping[str, Any]) -> TaskClass:

@@ -30,7 +30,7 @@ def test_a_task_to_edit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert [c.name for c in task.classes] == ["house cat", "barn_owl", "dog"]
     assert task.prompts("label") == [["house cat", "barn owl", "dog"]]
     assert task.prompts("described") == [["a photo of a house cat", "a photo of a barn owl", "a photo of a dog"]]
-    diverse = task.prompts("diverse")
+    diverse = task.phrased()
     assert diverse[0] == task.prompts("described")[0] and len({tuple(one) for one in diverse}) == len(diverse) == 8
     assert file.read_text().count("index = ") == 3, "a class a line"
 
@@ -64,7 +64,7 @@ def test_any_text_gives_a_task_or_the_line_that_is_wrong(
     if code == 0:
         given = [line.strip() for line in re.split(r"\r\n|\n|\r", end.join(content)) if line.strip()]
         assert [c.name for c in load_task(str(file)).classes] == given
-        assert len(load_task(str(file)).prompts("diverse")) == 8
+        assert len(load_task(str(file)).phrased()) == 8
     else:
         assert code == 6 and len(said) == 1 and "\n" not in said[0] and not file.exists()
         assert re.match(r"error: .*names\.txt(:\d+: |: [01] class names)", said[0]), said

@@ -10,7 +10,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from submission.model import checkpoint
-from tests.paths import SHARED
+from submission.model.recipe import load_recipe
+from tests.paths import ROOT, SHARED
 from tools import make_checkpoint
 
 FACTS = SHARED / "reference" / "sdxl-turbo.json"
@@ -38,7 +39,7 @@ def test_diffusers_makes_pictures_with_it(small: Path) -> None:
 
 def test_the_job_takes_it_for_what_it_is(small: Path) -> None:
     found = checkpoint.inspect(small, "test")
-    assert set(found.variants.values()) == {"fp16"}
+    assert {one.variant for one in found.weights.values()} == {"fp16"}
     assert (found.vae_factor, found.resolutions) == (8, (512,))
 
 
@@ -55,11 +56,12 @@ def test_a_seed_gives_the_same_weights_again(small: Path, tmp_path: Path) -> Non
 @pytest.mark.skipif(not FACTS.exists(), reason="needs SDXL-Turbo's configurations in ../shared/reference")
 def test_full_size_is_sdxl_turbo_s() -> None:
     facts = json.loads(FACTS.read_text())
-    for file in make_checkpoint.CONFIGS.rglob("*.json"):
-        assert json.loads(file.read_text()) == facts[str(file.relative_to(make_checkpoint.CONFIGS))], file
+    folder = ROOT / "tools" / make_checkpoint.CONFIGS["sdxl"]
+    for file in folder.rglob("*.json"):
+        assert json.loads(file.read_text()) == facts[str(file.relative_to(folder))], file
     for file_name, fact in facts["_weights_fp16"].items():
         component = Path(file_name).parts[0]
         network = make_checkpoint.on_paper(component, facts[f"{component}/config.json"])
         size = make_checkpoint.BYTES_PER_WEIGHT * sum(p.numel() for p in network.state_dict().values())
         assert 0 < fact["bytes"] - size < 1e6, file_name  # what is left over is the file's header
-        assert checkpoint.SDXL_TURBO_SHA256[file_name] == fact["sha256"]
+        assert load_recipe("sdxl-turbo").sha256[file_name] == fact["sha256"]

@@ -25,10 +25,11 @@ from submission.machine.device import choose_device
 from submission.machine.memory import peak_memory
 from submission.model import pipeline
 from submission.model.calibration import SAMPLES, draw, gather, worth
-from submission.model.checkpoint import PROJECT, choose
+from submission.model.choice import PROJECT, ModelRequest, choose
 from submission.model.decoder import canvases, decode, full_decoder, ladder, psnr
 from submission.model.generator import Generator, load_generator
 from submission.model.image_spec import ImageSpec
+from submission.model.sampler import at_resolution
 from submission.plan.budget import Budget, start_budget
 from submission.tasks import builtin_names, load_task
 from tools.bench.timing import fastest, gemm_flops, unet_flop, unet_step
@@ -61,7 +62,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     budget = start_budget(limit)
     log = Log("kept", budget)
     task, device = load_task(options.task), choose_device(options.device)
-    checkpoint = choose(options.model, cuda=device.type == "cuda")
+    checkpoint = choose(ModelRequest(options.model), cuda=device.type == "cuda")
     first_image = time_to_first_image(options) if budget.left > 2 * JOB_LIMIT else None
     own = checkpoint.resolution_for(task.size)
     resolutions = options.resolution or ([own, own // 2] if own >= 256 else [own])
@@ -70,12 +71,12 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     gemm = gemm_flops(device, generator.sampler.dtype)
     rows = []
     for resolution in resolutions:
-        sampler = pipeline.at_resolution(generator.sampler, checkpoint, resolution)
+        sampler = at_resolution(generator.sampler, checkpoint, resolution)
         at = replace(generator, sampler=sampler)
         rows.append(measure_resolution(at, tiny, gemm, budget, log))
     for row in rows:
         if budget.left > (1 - COMPILING_SHARE) * limit:
-            sampler = pipeline.at_resolution(generator.sampler, checkpoint, row["resolution"])
+            sampler = at_resolution(generator.sampler, checkpoint, row["resolution"])
             row.update(measure_compiled(replace(generator, sampler=sampler), row, gemm))
         row["ten_minutes"] = ten_minutes(row, first_image or KEPT)
     cuda = device.type == "cuda"

@@ -29,7 +29,7 @@ from submission.machine.device import choose_device
 from submission.machine.memory import forget_peak, peak_memory
 from submission.model import pipeline
 from submission.model.calibration import choose_decoder
-from submission.model.checkpoint import choose
+from submission.model.choice import ModelRequest, choose
 from submission.model.decoder import RUNGS, full_decoder
 from submission.model.generator import Generator, load_generator
 from submission.model.image_spec import ImageSpec
@@ -71,7 +71,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     """
     log = Log("kept", start_budget(SETTLE_SECONDS, time.time()))
     device = choose_device(options.device)
-    checkpoint = choose(options.model, cuda=device.type == "cuda")
+    checkpoint = choose(ModelRequest(options.model), cuda=device.type == "cuda")
     image = ImageSpec(load_task(options.task), resolution=options.resolution)
     generator = load_generator(image, checkpoint, device, log, project_prompts=False)
     cheap = replace(generator)

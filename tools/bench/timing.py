@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from submission.model import pipeline
 from submission.model.generator import Generator
+from submission.model.sampler import draw, sample
 
 GEMM_SIZE, TRIALS = 4096, 5
 
@@ -41,9 +41,10 @@ def gemm_flops(device: torch.device, dtype: torch.dtype) -> float:
 def unet_step(generator: Generator, batch: int) -> Callable[[], Tensor]:
     """The UNet's work for a batch of the generator's images, beside which nothing is done."""
     sampler = generator.sampler
-    noise = torch.zeros(batch, 4, sampler.side, sampler.side)
-    prompts = generator.prompt_of[0, torch.arange(batch) % len(generator.task.classes)].to(sampler.device)
-    return partial(pipeline.sample, sampler, generator.conditioning, prompts, noise)
+    classes = torch.arange(batch) % len(generator.task.classes)
+    draws = draw(sampler, 0, classes.tolist(), [0] * batch)
+    prompts = generator.prompt_of[0, classes].to(sampler.device)
+    return partial(sample, sampler, generator.conditioning, prompts, draws)
 
 
 def unet_flop(generator: Generator) -> float:

@@ -17,8 +17,13 @@ ENCODED_AT_ONCE = 512
 def all_prompts(tasks: Sequence[Task]) -> list[str]:
     """What a tokenizer learns its words from."""
     return [
-        prompt for task in tasks for style in STYLE_SHARES for phrasing in task.prompts(style) for prompt in phrasing
+        prompt for task in tasks for style in STYLE_SHARES for phrasing in of_style(task, style) for prompt in phrasing
     ]
+
+
+def of_style(task: Task, style: PromptStyle) -> list[list[str]]:
+    """A task's prompts as they are trained on: real images are photos, whatever else `diverse` asks for."""
+    return task.phrased() if style == "diverse" else task.prompts(style)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def prompts_of(networks: Networks, tasks: list[Task], counts: Tensor) -> Prompts
     """The prompts of all classes of the tasks, in a row, a class drawn in proportion to its real images, `counts`."""
     ids, shares = [], []
     for style, share in STYLE_SHARES.items():
-        phrasings = list(zip(*(task.prompts(style) for task in tasks), strict=True))
+        phrasings = list(zip(*(of_style(task, style) for task in tasks), strict=True))
         for phrasing in phrasings:
             ids.append(torch.cat([token_ids(networks, of_task) for of_task in phrasing]))
             shares.append(share / len(phrasings))

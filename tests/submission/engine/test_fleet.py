@@ -329,7 +329,17 @@ def test_modules_in_the_folder_it_is_started_from_are_not_taken_for_ours(tmp_pat
     """Ray has its workers look for modules there, before anywhere else."""
     for name in ("submission.py", "random.py"):
         (tmp_path / name).write_text("raise SystemExit('the wrong module')\n")
-    command = [ROOT / "run.sh", "cifar100", "--model", "embedded", *AT_ONCE, "--max-ipc", "1", "--devices", "cpu:2"]
+    command = [
+        str(ROOT / "run.sh"),
+        "cifar100",
+        "--model",
+        "embedded",
+        *AT_ONCE,
+        "--max-ipc",
+        "1",
+        "--devices",
+        "cpu:2",
+    ]
     environment = os.environ | {"BANKO_PYTHON": sys.executable}
     process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (process.returncode, process.stderr) == (0, ""), process.stdout

@@ -11,9 +11,11 @@ import torch
 from submission.errors import CheckpointError
 from submission.log import Log
 from submission.model import checkpoint
-from submission.model.checkpoint import SDXL_TURBO, SDXL_TURBO_SHA256, choose, inspect, recognise, weight_digests
+from submission.model.checkpoint import inspect, weight_digests
+from submission.model.choice import ModelRequest, choose, recognise
 from submission.model.generator import load_generator
 from submission.model.image_spec import ImageSpec
+from submission.model.recipe import load_recipe
 from submission.plan.budget import start_budget
 from submission.tasks import load_task
 from tests.conftest import make_pipeline
@@ -36,14 +38,14 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_a_saved_pipeline_is_accepted(checkpoint_folder: Path) -> None:
     found = inspect(checkpoint_folder, "test")
-    assert set(found.variants.values()) == {"fp16"}
+    assert {one.variant for one in found.weights.values()} == {"fp16"}
     assert (found.vae_factor, found.resolution_step, found.resolutions) == (2, 4, (16,))
 
 
 def test_full_precision_files_are_accepted_where_there_is_no_variant(copy: Path) -> None:
     for file in copy.rglob("*.fp16.safetensors"):
         file.rename(file.with_name(file.name.replace(".fp16", "")))
-    assert set(inspect(copy, "test").variants.values()) == {None}
+    assert {one.variant for one in inspect(copy, "test").weights.values()} == {None}
 
 
 @pytest.fixture(params=["fp16", None], ids=str)
@@ -56,7 +58,7 @@ def sharded(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_shards_are_read_as_one_file(sharded: Path, checkpoint_folder: Path, task_file: Path) -> None:
     found, whole = inspect(sharded, "test"), inspect(checkpoint_folder, "test")
-    assert len(found.weight_files("unet")) > 1 and len(weight_digests(found)) > 4
+    assert len(found.weights["unet"].files) > 1 and len(weight_digests(found)) > 4
     assert found.projected_size == whole.projected_size
     image, log, numbers = ImageSpec(load_task(str(task_file))), Log("kept", start_budget(60)), np.arange(3)
     made = [
@@ -68,7 +70,7 @@ def test_shards_are_read_as_one_file(sharded: Path, checkpoint_folder: Path, tas
 
 def test_a_missing_shard_is_named_and_none_is_looked_for_elsewhere(sharded: Path) -> None:
     index = next((sharded / "unet").glob("*.index*.json"))
-    shard = inspect(sharded, "test").weight_files("unet")[1]
+    shard = inspect(sharded, "test").weights["unet"].files[1]
     shard.rename(sharded / "shard.safetensors")
     with pytest.raises(CheckpointError, match=rf"{shard.name} is missing, one of \d+ shards"):
         inspect(sharded, "test")
@@ -80,7 +82,7 @@ def test_a_missing_shard_is_named_and_none_is_looked_for_elsewhere(sharded: Path
 def test_half_precision_is_taken_where_there_are_both(copy: Path) -> None:
     for file in list(copy.rglob("*.fp16.safetensors")):
         shutil.copy(file, file.with_name(file.name.replace(".fp16", "")))
-    assert set(inspect(copy, "test").variants.values()) == {"fp16"}
+    assert {one.variant for one in inspect(copy, "test").weights.values()} == {"fp16"}
 
 
 @pytest.mark.parametrize(
@@ -116,9 +118,8 @@ def test_a_damaged_configuration_is_named(copy: Path, content: str) -> None:
 
 def test_another_pipeline_is_refused(copy: Path) -> None:
     index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "StableDiffusionPipeline"}))
-    shutil.rmtree(copy / "text_encoder_2")
-    with pytest.raises(CheckpointError, match=r"holds a StableDiffusionPipeline, not the SDXL layout"):
+    (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    with pytest.raises(CheckpointError, match=r"holds a FluxPipeline, and not one of those that are read"):
         inspect(copy, "test")
 
 
@@ -155,13 +156,14 @@ def test_the_identity_follows_the_weights(copy: Path) -> None:
 
 
 def test_sdxl_turbo_is_recognised_by_all_of_its_weights() -> None:
-    assert recognise(dict(SDXL_TURBO_SHA256)) == SDXL_TURBO
-    assert recognise(SDXL_TURBO_SHA256 | {"vae/diffusion_pytorch_model.fp16.safetensors": "0" * 64}) is None
+    published = load_recipe("sdxl-turbo").sha256
+    assert recognise(dict(published)) == "stabilityai/sdxl-turbo"
+    assert recognise({**published, "vae/diffusion_pytorch_model.fp16.safetensors": "0" * 64}) is None
     assert recognise(weight_digests(inspect(checkpoint.EMBEDDED, "test"))) is None
 
 
 def test_auto_prefers_the_environment(checkpoint_folder: Path) -> None:
-    found = choose("auto", cuda=True, environment={"BANKO_MODEL": str(checkpoint_folder)}, root=NOWHERE)
+    found = choose(ModelRequest(), cuda=True, environment={"BANKO_MODEL": str(checkpoint_folder)}, root=NOWHERE)
     assert found.path == checkpoint_folder and "BANKO_MODEL" in found.source
 
 
@@ -169,7 +171,7 @@ def test_auto_takes_the_local_folder_next(checkpoint_folder: Path, tmp_path: Pat
     (tmp_path / "models").mkdir()
     (tmp_path / "models/sdxl-turbo").symlink_to(checkpoint_folder)
     for cuda in (False, True):
-        found = choose("auto", cuda=cuda, environment={}, root=tmp_path)
+        found = choose(ModelRequest(), cuda=cuda, environment={}, root=tmp_path)
         assert found.path.resolve() == checkpoint_folder.resolve() and found.source == "models/sdxl-turbo"
 
 
@@ -178,19 +180,19 @@ def test_a_damaged_local_folder_is_an_error_not_a_reason_to_look_on(copy: Path, 
     (tmp_path / "models/sdxl-turbo").symlink_to(copy)
     (copy / "unet/config.json").unlink()
     with pytest.raises(CheckpointError, match=r"unet/config\.json"):
-        choose("auto", cuda=False, environment={}, root=tmp_path)
+        choose(ModelRequest(), cuda=False, environment={}, root=tmp_path)
 
 
 def test_auto_without_a_gpu_takes_the_embedded_one_and_says_so(tmp_path: Path) -> None:
-    found = choose("auto", cuda=False, environment={}, root=tmp_path)
+    found = choose(ModelRequest(), cuda=False, environment={}, root=tmp_path)
     assert found.path == checkpoint.EMBEDDED and found.source.startswith("embedded")
-    assert choose("embedded", cuda=True, environment={}, root=tmp_path).path == checkpoint.EMBEDDED
+    assert choose(ModelRequest("embedded"), cuda=True, environment={}, root=tmp_path).path == checkpoint.EMBEDDED
 
 
 @pytest.mark.usefixtures("offline")
 def test_auto_with_a_gpu_never_takes_the_embedded_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no SDXL-Turbo weights.*--model embedded"):
-        choose("auto", cuda=True, environment={}, root=tmp_path)
+        choose(ModelRequest(), cuda=True, environment={}, root=tmp_path)
 
 
 def test_auto_with_a_gpu_takes_the_hub_cache(
@@ -200,9 +202,8 @@ def test_auto_with_a_gpu_takes_the_hub_cache(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--stabilityai--sdxl-turbo"
     (repository / "refs").mkdir(parents=True)
-    (repository / "refs/main").write_text("0" * 40)
-    shutil.copytree(checkpoint_folder, repository / "snapshots" / ("0" * 40))
-    found = choose("auto", cuda=True, environment={}, root=NOWHERE)
+    shutil.copytree(checkpoint_folder, repository / "snapshots" / str(load_recipe("sdxl-turbo").revision))
+    found = choose(ModelRequest(), cuda=True, environment={}, root=NOWHERE)
     assert tmp_path in found.path.parents and found.source == "hub stabilityai/sdxl-turbo"
 
 
@@ -210,4 +211,4 @@ def test_auto_with_a_gpu_takes_the_hub_cache(
 @pytest.mark.parametrize("model", ["./nowhere", "/no/where", "nowhere", "nobody/nothing"])
 def test_a_model_that_is_nowhere_is_refused(model: str) -> None:
     with pytest.raises(CheckpointError, match=model):
-        choose(model, cuda=False, environment={}, root=NOWHERE)
+        choose(ModelRequest(model), cuda=False, environment={}, root=NOWHERE)

@@ -9,11 +9,11 @@ import torch
 
 from submission.errors import CheckpointError
 from submission.log import Log
-from submission.model import pipeline
 from submission.model.checkpoint import inspect
 from submission.model.decoder import Decoder
 from submission.model.generator import Generator, load_generator
 from submission.model.image_spec import ImageSpec
+from submission.model.sampler import in_float32
 from submission.plan.budget import start_budget
 from submission.tasks import load_task
 
@@ -43,7 +43,7 @@ def test_an_overflowing_decoder_is_replaced_by_a_more_precise_one_and_said(gener
 
 def test_an_overflowing_unet_is_replaced_by_a_more_precise_one_and_counted(generator: Generator, log: Log) -> None:
     """Activations beyond fp16's 65,504, which the next normalisation would have brought back."""
-    generator.sampler, generator.conditioning = pipeline.in_float32(generator.sampler, generator.conditioning)
+    generator.sampler, generator.conditioning = in_float32(generator.sampler, generator.conditioning)
     generator.sampler.unet.conv_in.weight.data *= 1e5
     expected = generator.images(np.arange(0, 6), log)
     assert log.warnings == [] and generator.regenerated == 0
@@ -51,9 +51,10 @@ def test_an_overflowing_unet_is_replaced_by_a_more_precise_one_and_counted(gener
     generator.sampler = replace(
         generator.sampler,
         unet=generator.sampler.unet.half(),
-        time_ids=generator.sampler.time_ids.half(),
+        time_ids=torch.tensor([16, 16, 0, 0, 16, 16], dtype=half),
         dtype=half,
     )
+    assert generator.conditioning.pooled is not None
     generator.conditioning = replace(generator.conditioning, pooled=generator.conditioning.pooled.half())
     images = generator.images(np.arange(0, 6), log)
     assert "broken images from the UNet in float16" in log.warnings[0] and generator.regenerated == 6

@@ -1,8 +1,9 @@
-"""The one-step sampler against diffusers' own pipeline, and its independence of batches."""
+"""Prompts encoded as diffusers does, and networks loaded whole or not at all."""
 
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from submission.errors import CheckpointError
 from submission.model import pipeline
-from submission.model.checkpoint import inspect
-from submission.model.decoder import decode, full_decoder
+from submission.model.checkpoint import inspect, inspect_recipe, plain
+from submission.model.recipe import Sampling
+from submission.model.sampler import draw, in_float32, load_sampler, sample
 from tests.conftest import make_pipeline
+from tests.single_file import join
 
 CPU = torch.device("cpu")
 PROMPTS = ["a photo of an apple", "crane", "a photo of a very long stingray under water"]
@@ -39,50 +42,24 @@ def test_prompts_are_encoded_as_diffusers_does(folder: Path) -> None:
     torch.testing.assert_close(ours.pooled, pooled)
 
 
-def test_one_step_and_decoding_are_diffusers_own(folder: Path) -> None:
-    """Same noise in, same latents and images out as StableDiffusionXLPipeline with one step and no guidance."""
-    checkpoint, theirs = inspect(folder, "test"), reference(folder)
-    sampler = pipeline.load_sampler(checkpoint, 16, CPU, torch.float32)
-    conditioning = pipeline.encode_prompts(checkpoint, PROMPTS, CPU, torch.float32)
-    noise = pipeline.draw_noise(3, [0, 1, 2], [0, 0, 0], sampler.side)
-    latents = pipeline.sample(sampler, conditioning, torch.arange(3), noise)
-    call = {"num_inference_steps": 1, "guidance_scale": 0.0, "height": 16, "width": 16, "latents": noise}
-    expected = theirs(PROMPTS, output_type="latent", **call).images
-    torch.testing.assert_close(latents, expected, atol=1e-3, rtol=1e-4)
-    pixels, sound = decode(full_decoder(theirs.vae, 16), latents)
-    expected_pixels = torch.from_numpy(theirs(PROMPTS, output_type="np", **call).images).permute(0, 3, 1, 2)
-    assert sound.all()
-    assert (pixels / 255 - expected_pixels).abs().max() <= 0.5 / 255 + 1e-3
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_projections_looked_up_are_those_made_anew(folder: Path, dtype: torch.dtype) -> None:
     """Whatever prompts are asked for, in whatever order, and after a change to float32, too."""
     checkpoint = inspect(folder, "test")
-    sampler = pipeline.load_sampler(checkpoint, 16, CPU, dtype)
+    sampler = load_sampler(checkpoint, 16, CPU, dtype)
     conditioning = pipeline.encode_prompts(checkpoint, PROMPTS, CPU, dtype)
     prompts = torch.tensor([2, 0, 2, 1, 0])
-    noise = pipeline.draw_noise(3, [0] * 5, [0, 1, 2, 3, 4], sampler.side)
-    expected = pipeline.sample(sampler, conditioning, prompts, noise)
+    noise = draw(sampler, 3, [0] * 5, [0, 1, 2, 3, 4])
+    expected = sample(sampler, conditioning, prompts, noise)
     weights = sum(p.numel() for p in sampler.unet.parameters())
     conditioning = pipeline.project_prompts(sampler.unet, conditioning)
     assert sum(p.numel() for p in sampler.unet.parameters()) < weights, "the projections' weights are let go"
     tables = [buffer.numel() for name, buffer in sampler.unet.named_buffers() if name.endswith(".table")]
     assert sum(tables) == len(PROMPTS) * checkpoint.projected_size
-    torch.testing.assert_close(pipeline.sample(sampler, conditioning, prompts, noise), expected, atol=1e-4, rtol=1e-4)
-    sampler, conditioning = pipeline.in_float32(sampler, conditioning)
-    exact = pipeline.sample(sampler, conditioning, prompts, noise)
+    torch.testing.assert_close(sample(sampler, conditioning, prompts, noise), expected, atol=1e-4, rtol=1e-4)
+    sampler, conditioning = in_float32(sampler, conditioning)
+    exact = sample(sampler, conditioning, prompts, noise)
     torch.testing.assert_close(exact, expected, atol=0.2, rtol=0.05)
-
-
-def test_noise_is_a_function_of_seed_class_and_round() -> None:
-    together = pipeline.draw_noise(7, [0, 1, 0, 1], [0, 0, 5, 5], 4)
-    for row, (label, round_) in enumerate([(0, 0), (1, 0), (0, 5), (1, 5)]):
-        assert torch.equal(together[row : row + 1], pipeline.draw_noise(7, [label], [round_], 4))
-    assert not torch.equal(together, pipeline.draw_noise(8, [0, 1, 0, 1], [0, 0, 5, 5], 4))
-    assert len({image.numpy().tobytes() for image in together}) == 4
-    many = pipeline.draw_noise(0, list(range(64)), [3] * 64, 16)
-    assert abs(many.mean()) < 0.02 and abs(many.std() - 1) < 0.02
 
 
 def test_the_precision_on_a_cpu_is_the_faster_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,11 +81,42 @@ def test_weights_that_do_not_match_the_configuration_are_refused(folder: Path, t
     checkpoint = inspect(copy, "test")
     with pytest.raises(CheckpointError, match=component):
         if component == "unet":
-            pipeline.load_sampler(checkpoint, 16, CPU, torch.float32)
+            load_sampler(checkpoint, 16, CPU, torch.float32)
         elif component == "vae":
             pipeline.load_vae(checkpoint, CPU, torch.float32)
         else:
             pipeline.encode_prompts(checkpoint, PROMPTS, CPU, torch.float32)
+
+
+def test_one_file_for_all_weights_in_the_authors_form(tmp_path: Path) -> None:
+    """Its configurations and tokenizers come from a folder, which may lack weights."""
+    make_pipeline(layout="sd").save_pretrained(tmp_path / "base")
+    recipe = plain(tmp_path / "base", Sampling(steps=1))
+    loaded = []
+    for one in (recipe, replace(recipe, weights=tmp_path / "model.safetensors")):
+        if one.weights:
+            join(tmp_path / "base", one.weights)
+            for file in (tmp_path / "base").rglob("*.safetensors"):
+                file.unlink()
+        checkpoint = inspect_recipe(one, "test")
+        networks = [load(checkpoint, CPU, torch.float32) for load in (pipeline.load_unet, pipeline.load_vae)]
+        embeds = pipeline.encode_prompts(checkpoint, PROMPTS, CPU, torch.float32).embeds
+        loaded.append((embeds, *(network.state_dict() for network in networks)))
+    (embeds, *networks), (embeds_of_one, *networks_of_one) = loaded
+    assert torch.equal(embeds, embeds_of_one)
+    for network, of_one in zip(networks, networks_of_one, strict=True):
+        assert network.keys() == of_one.keys() and all(torch.equal(network[name], of_one[name]) for name in network)
+
+
+def test_a_folder_of_what_differs_from_a_base(folder: Path, tmp_path: Path) -> None:
+    another = make_pipeline()
+    another.unet.conv_in.weight.data *= 2
+    another.unet.save_pretrained(tmp_path / "unet")
+    shutil.copytree(folder, tmp_path / "base")
+    shutil.rmtree(tmp_path / "base/unet")
+    recipe = replace(plain(tmp_path / "base", Sampling(steps=1)), weights=tmp_path)
+    unet = pipeline.load_unet(inspect_recipe(recipe, "test"), CPU, torch.float32)
+    assert torch.equal(unet.conv_in.weight, another.unet.conv_in.weight)
 
 
 def test_both_forms_of_vocabulary_are_read_alike(folder: Path, tmp_path: Path) -> None:

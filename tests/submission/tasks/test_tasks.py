@@ -2,6 +2,7 @@
 
 import csv
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from submission.errors import UsageError
-from submission.tasks import PromptStyle, Task, TaskClass, builtin_names, load_task
+from submission.tasks import PromptStyle, Task, TaskClass, builtin_names, load_task, parse_prompts
+from submission.tasks.task import DOMAINS
 from tests.paths import SHARED
 
 SHARED_DATA = SHARED / "data"
@@ -225,7 +227,8 @@ def test_a_task_file_of_ones_own(tmp_path: Path, text: str) -> None:
 
 def test_diverse_prompts_take_the_phrasings_in_turn(tmp_path: Path) -> None:
     (tmp_path / "my.toml").write_text(GOOD)
-    assert load_task(str(tmp_path / "my.toml")).prompts("diverse") == [
+    task = load_task(str(tmp_path / "my.toml"))
+    assert task.phrased() == [
         [
             "a photo of a house cat, on a sofa",
             "a photo of a dog, on a sofa",
@@ -237,6 +240,28 @@ def test_diverse_prompts_take_the_phrasings_in_turn(tmp_path: Path) -> None:
             "a photo of a barn owl in flight at dusk",
         ],
     ]
+    diverse = task.prompts("diverse")
+    assert diverse[:2] == task.phrased() and len(diverse) == 2 * len(DOMAINS)
+    assert diverse[2][0] == "a drawing of a house cat, on a sofa"
+    assert diverse[-1][2] == "a sketch of a barn owl in flight at dusk"
+
+
+def test_what_is_described_as_no_photo_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text(GOOD.replace("a photo of a barn owl", "an oil painting of a barn owl"))
+    task = load_task(str(tmp_path / "my.toml"))
+    assert task.prompts("diverse") == task.phrased()
+
+
+def test_prompts_of_ones_own(tmp_path: Path) -> None:
+    """Some classes may have more than others, in any order."""
+    (tmp_path / "my.toml").write_text(GOOD)
+    (tmp_path / "prompts.toml").write_text('owl = ["o"]\ndog = ["d1", "d2", "d3"]\nhouse_cat = ["c1", "c2"]\n')
+    task = load_task(str(tmp_path / "my.toml"))
+    task = replace(task, own_prompts=parse_prompts(tmp_path / "prompts.toml", task))
+    assert task.prompts("own") == [["c1", "d1", "o"], ["c2", "d2", "o"], ["c1", "d3", "o"]]
+    (tmp_path / "prompts.toml").write_text('house_cat = ["c"]\ndog = "d"\nowl = ["o"]\n')
+    with pytest.raises(UsageError, match=r"prompts\.toml:2: dog must be a list of prompts"):
+        parse_prompts(tmp_path / "prompts.toml", task)
 
 
 def test_diverse_prompts_without_phrasings_say_what_to_add(tmp_path: Path) -> None:
