@@ -21,7 +21,7 @@ from submission.arguments import (
     parse_seconds,
     prompts,
 )
-from submission.errors import OutputError, UsageError
+from submission.errors import OutputError, UsageError, importing
 from submission.launchers import rank_and_count
 from submission.plan.budget import start_budget
 from submission.plan.guard import Guard
@@ -153,7 +153,8 @@ def _run(options: argparse.Namespace, process_start: float, prepare: Callable[..
         print(f"process {rank} of {processes} leaves: the first one drives all devices of this machine")
         return
     budget = start_budget(seconds, process_start, options.started_at)
-    from submission.log import Log, default_style  # noqa: PLC0415  # slow to import
+    with importing():
+        from submission.log import Log, default_style  # noqa: PLC0415  # slow to import
 
     log = Log(options.log or default_style(), budget)
     try:
@@ -162,7 +163,8 @@ def _run(options: argparse.Namespace, process_start: float, prepare: Callable[..
                 here = "this one drives all devices of this machine, the others leave"
                 log.say(f"started as {processes} processes: {here}")
             # These take seconds to import, and wrong usage should be said at once.
-            from submission.job.run import run  # noqa: PLC0415
+            with importing():
+                from submission.job.run import run  # noqa: PLC0415
 
             run(_request(options, task), budget, log, guard, prepare)
     finally:

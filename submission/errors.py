@@ -1,6 +1,8 @@
 """An exception for each exit code. Raised where the fact is known, turned into one line by the command line."""
 
 import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -43,6 +45,21 @@ class InputFileError(BankoError):
 def first_line(error: BaseException) -> str:
     """What an error says, in a line."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
+@contextmanager
+def importing() -> Iterator[None]:
+    """Turns what keeps libraries from being imported into a UsageError: packages that are missing, or variables of the
+    environment that they do not understand."""
+    try:
+        yield
+    except BankoError:
+        raise
+    except Exception as error:  # of any class
+        raise UsageError(
+            f"libraries cannot be imported ({first_line(error)}): if no limit on memory and no variable of the "
+            "environment explains it, remove .venv, and the next start makes it anew"
+        ) from error
 
 
 def cannot_write(path: Path, error: OSError, size: float) -> OutputError:

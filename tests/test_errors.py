@@ -77,7 +77,19 @@ def make_folder(folder: Path, checkpoint: Path) -> None:
         (folder / f"{name}.toml").write_text(f'base = "checkpoint"\n{text}\n')
     (folder / "prompts.toml").write_text('apple = ["red"]\nplum = ["blue"]\n')
     (folder / "pearl.toml").write_text('pearl = ["white"]\n')
+    nested = shutil.copytree(checkpoint, folder / "nested") / "unet/config.json"
+    nested.write_text("[" * 100_000)
+    (folder / "taken_report/tiny.html").mkdir(parents=True)
     lists = {
+        "index": "index,name\n0,cat\n1,dog\n",
+        "behind": "cat\t0\ndog\t1\n",
+        "dressed": "(0) cat\n(1) dog\n",
+        "unsorted": "1 cat\n0 dog\n",
+        "yaml": "names:\n- cat\n- dog\n",
+        "quoted": '"cat"\n"dog"\n',
+        "wordnet": "n01440764 tench\nn01443537 goldfish\n",
+        "unseen": "cat\n\u200d\n",
+        "alike": "polar bear\npolar  bear\n",
         "twice": "cat\ndog\ncat\n",
         "comment": "# animals\ncat\ndog\n",
         "numbered": "0\tcat\n1\tdog\n",
@@ -86,7 +98,7 @@ def make_folder(folder: Path, checkpoint: Path) -> None:
         "good": "cat\ndog\n",
     }
     for name, text in lists.items():
-        (folder / f"{name}.txt").write_text(text)
+        (folder / f"{name}.txt").write_text(text, "utf-8")
     (folder / "forms.txt").write_text("café\ncafe\N{COMBINING ACUTE ACCENT}\n", "utf-8")
     (folder / "latin.txt").write_bytes("cat\ncaf\xe9\n".encode("latin-1"))
     for name in ("secret.toml", "secret.txt"):
@@ -203,6 +215,10 @@ JOB = [
     Row("tiny.toml --model lost", 4, "lost/vae/config.json is missing"),
     Row("tiny.toml --model checkpoint --output file", 5, "cannot write to file (File exists): choose another --output"),
     Row("tiny.toml --model checkpoint --output file/out", 5, "cannot write to file/out (Not a directory)"),
+    Row("tiny.toml --model nested", 4, "nested/unet/config.json is damaged"),
+    Row("tiny.toml --model \udcff", 4, "is not UTF-8, and not for libraries to read"),
+    Row("tiny.toml --model checkpoint --output \udcff", 5, "is not UTF-8, and not for libraries to read"),
+    Row("tiny.toml --model checkpoint --output taken_report", 5, "taken_report/tiny.html is a folder: rename it"),
     Row("tiny.toml --model checkpoint --output taken", 5, "taken/tiny.pt is a folder: rename it, or choose another"),
 ]
 TOOLS_REFUSE = [
@@ -251,6 +267,16 @@ TOOLS_REFUSE = [
         6,
         "comment.txt:1: '# animals' looks like a comment or",
     ),
+    *(
+        Row(f"init pets.toml --classes {name}.txt", 6, "leave the names alone")
+        for name in ("index", "behind", "dressed", "unsorted")
+    ),
+    *(
+        Row(f"init pets.toml --classes {name}.txt", 6, "looks like a comment or an item of a list")
+        for name in ("yaml", "quoted", "wordnet")
+    ),
+    Row("init pets.toml --classes unseen.txt", 6, "unseen.txt:2: a class name of nothing that can be read"),
+    Row("init pets.toml --classes alike.txt", 6, "alike.txt:2: 'polar  bear' asks for the same as line 1"),
     Row("init pets.toml --classes forms.txt", 6, "asks for the same as line 1"),
     Row("init pets.toml --classes good.txt --images photos", 6, "are all of one colour"),
 ]

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -66,15 +67,15 @@ def test_what_is_about_to_be_installed_is_said_with_its_size(project: Path, capf
 def test_tools_install_what_they_need_and_get_their_arguments(project: Path) -> None:
     code, calls = run(project, "evaluate", "--submit_dir", "a b")
     assert code == 0 and [call.split()[-1] for call in calls[:4:2]] == ["requirements.txt", "requirements-dev.txt"]
-    assert calls[4:] == ["python -m tools.evaluate --submit_dir a b"]
-    assert run(project, "init", "my.toml", "--classes", "x")[1] == ["python -m tools.init my.toml --classes x"]
-    assert run(project, "audit", "x.pt")[1] == ["python -m tools.audit x.pt"]
-    assert run(project, "report", "x.json")[1] == ["python -m tools.report x.json"]
-    assert run(project, "rehearse", "cifar100", "--limit", "9")[1] == ["python -m tools.rehearse cifar100 --limit 9"]
-    assert run(project, "bench", "evaluator")[1] == ["python -m tools.bench evaluator"]
-    assert run(project, "make-checkpoint", "d")[1] == ["python -m tools.make_checkpoint d"]
-    assert run(project, "fetch-weights", "d")[1] == ["python -m tools.fetch_weights d"]
-    assert run(project, "train-embedded", "--data", "x")[1] == ["python -m tools.train_embedded --data x"]
+    assert calls[4:] == ["python -m tools evaluate --submit_dir a b"]
+    assert run(project, "init", "my.toml", "--classes", "x")[1] == ["python -m tools init my.toml --classes x"]
+    assert run(project, "audit", "x.pt")[1] == ["python -m tools audit x.pt"]
+    assert run(project, "report", "x.json")[1] == ["python -m tools report x.json"]
+    assert run(project, "rehearse", "cifar100", "--limit", "9")[1] == ["python -m tools rehearse cifar100 --limit 9"]
+    assert run(project, "bench", "evaluator")[1] == ["python -m tools bench evaluator"]
+    assert run(project, "make-checkpoint", "d")[1] == ["python -m tools make_checkpoint d"]
+    assert run(project, "fetch-weights", "d")[1] == ["python -m tools fetch_weights d"]
+    assert run(project, "train-embedded", "--data", "x")[1] == ["python -m tools train_embedded --data x"]
 
 
 @pytest.mark.parametrize(
@@ -179,18 +180,65 @@ def test_several_first_starts_at_once_install_once(real: Path, tmp_path: Path) -
     assert len((tmp_path / "said").read_text().splitlines()) == 4
 
 
-@pytest.mark.parametrize("damage", ["dangling", "upgraded", "without pip"])
+@pytest.mark.parametrize("damage", ["dangling", "upgraded", "without pip", "half deleted", "no configuration"])
 def test_an_environment_that_is_not_whole_is_made_anew(real: Path, tmp_path: Path, damage: str) -> None:
     ended(start(real / "run.sh", tmp_path))
     python = real / ".venv/bin/python"
     if damage == "without pip":
         (real / ".venv/bin/pip").unlink()
+    elif damage == "half deleted":
+        shutil.rmtree(next((real / ".venv/lib").glob("python3*/site-packages")))
+    elif damage == "no configuration":
+        (real / ".venv/pyvenv.cfg").unlink()
     else:
         python.unlink()
         other = tmp_path / "python3.99"  # of another version than the packages
         shutil.copy(Path(sys.executable).resolve(), other)
         python.symlink_to(other if damage == "upgraded" else "/no/python3")
     assert "installing" in ended(start(real / "run.sh", tmp_path))
+
+
+def refused(project: Path, cwd: Path, **environment: str) -> str:
+    """What a start says that does not come to the job."""
+    process = start(project / "run.sh", cwd, **environment)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1 and not (cwd / "said").exists(), said
+    return said
+
+
+def test_an_environment_may_be_kept_elsewhere(real: Path, tmp_path: Path) -> None:
+    (tmp_path / "scratch").mkdir()
+    (real / ".venv").symlink_to(tmp_path / "scratch")
+    ended(start(real / "run.sh", tmp_path))
+    assert (tmp_path / "scratch/bin/python").exists() and (real / ".venv").is_symlink()
+
+
+def test_nothing_but_an_environment_is_cleared_to_make_one(real: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/precious").touch()
+    venv = real / ".venv"
+    for target in (tmp_path / "mine", tmp_path / "nowhere"):
+        venv.symlink_to(target)
+        assert "is no Python environment and no empty folder: remove the link" in refused(real, tmp_path)
+        venv.unlink()
+    assert (tmp_path / "mine/precious").exists()
+    venv.touch()
+    assert "is in the way of a Python environment: remove it" in refused(real, tmp_path)
+
+
+def test_packages_that_pip_was_told_to_put_elsewhere_are_missed(real: Path, tmp_path: Path) -> None:
+    wheel = tmp_path / "a_b-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as file:
+        file.writestr("a_b-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: a-b\nVersion: 1\n")
+        file.writestr("a_b-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        file.writestr("a_b-1.dist-info/RECORD", "")
+    (real / "requirements.txt").write_text("a-b==1\n")
+    settings, found = tmp_path / "pip.conf", f"[install]\nno-index = true\nfind-links = {tmp_path}\n"
+    for elsewhere in (f"target = {tmp_path}/target", "dry-run = true"):
+        settings.write_text(f"{found}{elsewhere}\n")
+        assert "pip has installed requirements.txt elsewhere" in refused(real, tmp_path, PIP_CONFIG_FILE=str(settings))
+    settings.write_text(found)
+    ended(start(real / "run.sh", tmp_path, PIP_CONFIG_FILE=str(settings)))
 
 
 def test_a_copied_project_has_an_environment_of_its_own(real: Path, tmp_path: Path) -> None:

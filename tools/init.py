@@ -23,6 +23,10 @@ from tools.reading.image_folder import find_images, mean_and_deviation
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 # Some languages spell with them: zero width non-joiner, and joiner.
 JOINERS = "\u200c\u200d"
+# Characters that change nothing that could be told apart, when names are compared: joiners, and how a sign is drawn.
+UNSEEN = f"[{JOINERS}\ufe0e\ufe0f]"
+# What begins no name: comments, bullets, quotes and brackets of other kinds of lists, ids of WordNet; what ends none.
+NO_NAME = r"#|//|;|%|<|[-*+•▪\u2013\u2014]\s|\[.?\]\s|[\[\]{}'\"]|n\d{8}\b|.*[,:]$"
 # Text encoders read some 70 words.
 LONGEST_NAME = 200
 # What can be said of anything. The first is the prompt as it stands.
@@ -136,16 +140,15 @@ def read_names(path: Path) -> list[str]:
     # Lines as editors count them; str.splitlines knows of many more ends.
     every = re.split(r"\r\n|\n|\r", read_text(path, InputFileError))
     filled = [line.strip() for line in every if line.strip()]
-    numbered = [int(found[1]) for line in filled if (found := re.match(r"([0-9]{1,9})[\s.,;:)]", line))]
-    if len(filled) > 1 and numbered in (list(range(len(filled))), list(range(1, len(filled) + 1))):
-        raise InputFileError(f"{path}:1: its lines are numbered, as {filled[0]!r}: leave the names alone")
+    if numbered := _numbered(filled):
+        raise InputFileError(f"{path}:1: its lines are numbered, as {numbered!r}: leave the names alone, one per line")
     for number, line in enumerate(every, 1):
         name = unicodedata.normalize("NFC", line.strip())  # what looks the same is the same
         if not name:
             continue
         if complaint := _complaint(name):
             raise InputFileError(f"{path}:{number}: {complaint}")
-        prompt = default_prompt(name)
+        prompt = default_prompt(" ".join(re.sub(UNSEEN, "", name).split()))
         if prompt in lines:
             raise InputFileError(
                 f"{path}:{number}: {name!r} asks for the same as line {lines[prompt]}: write what sets them apart, as "
@@ -185,7 +188,7 @@ def task_text(
 
 def _complaint(name: str) -> str | None:
     """What keeps a line from being a class name."""
-    if re.match(r"(#|//|[-*•]\s)", name):
+    if re.match(NO_NAME, name):
         return f"{name!r} looks like a comment or an item of a list: leave names alone, one per line"
     if len(name) > LONGEST_NAME:
         return f"{len(name):,} characters are too many for a class name, at most {LONGEST_NAME}: {name[:30]!r}..."
@@ -193,8 +196,22 @@ def _complaint(name: str) -> str | None:
         if not character.isprintable() and character not in JOINERS:
             called = unicodedata.name(character, "a control character")
             return f"a class name cannot hold U+{ord(character):04X}, {called}: {name!r}"
-    if not name.strip("_ "):
-        return f"a class name of underscores alone: {name!r}"
+    if not re.sub(UNSEEN, "", name).strip("_ "):
+        return f"a class name of nothing that can be read: {name!r}"
+    return None
+
+
+def _numbered(lines: Sequence[str]) -> str | None:
+    """The first line with a number beside its name, where all lines have one, but perhaps for a heading: running ones
+    before a blank, any beside what sets columns apart."""
+    for given in (lines, lines[1:]):
+        columns = [re.match(r"[\W_]*(\d+)\s*[\t,;:|=)\]]\s*\S|.*\S\s*[\t,;:|=]\s*(\d+)$", line) for line in given]
+        blanks = [re.match(r"\W?(\d+)\W?[\s.\-_]\s*\S", line) for line in given]
+        running = {int(found[1]) for found in blanks if found}
+        if len(given) > 1 and (
+            all(columns) or (all(blanks) and running in (set(range(len(given))), set(range(1, len(given) + 1))))
+        ):
+            return given[0]
     return None
 
 

@@ -6,7 +6,7 @@ import signal
 import sys
 
 from submission.engine import Engine
-from submission.errors import BankoError, BudgetError, OutputError
+from submission.errors import BankoError, BudgetError, first_line
 from submission.job.files import JobFiles
 from submission.log import Log
 from submission.machine.disk import release
@@ -119,7 +119,8 @@ class Ending:
     def _report(self) -> None:
         """The page about the run, where there is time for it; the job is complete with or without it."""
         dataset, budget, log = self._request.dataset, self._planner.budget, self._log
-        command = shlex.join(["./run.sh", "report", str(dataset.with_suffix(".json"))])
+        path = str(dataset.with_suffix(".json"))
+        command = shlex.join(["./run.sh", "report", f"./{path}" if path.startswith("-") else path])
         later = f"{command} makes it"
         if budget.usable - budget.exit_reserve < report_seconds(self._files.plan.composition.classes):
             log.say(f"no time for the report: {later}")
@@ -129,8 +130,8 @@ class Ending:
             from submission.report.page import write_report  # noqa: PLC0415  # its libraries are slow to import
 
             page = write_report(dataset, self._request.image.task)
-        except (OutputError, OSError, ImportError) as error:  # ImportError: the interpreter may be the user's own
-            log.warn(f"no report ({error}): {later}")
+        except Exception as error:  # noqa: BLE001  of any class: the user's interpreter, or a matplotlibrc
+            log.warn(f"no report ({first_line(error)}): {later}")
         else:
             log.say(f"{page}: what happened, written {budget.left:.1f} s before the deadline")
 

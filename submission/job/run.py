@@ -15,7 +15,7 @@ from submission.engine import Engine, Load
 from submission.engine.alone import Alone
 from submission.engine.fleet import Fleet
 from submission.engine.maker import Loading, load_elsewhere, load_maker
-from submission.errors import OutputError
+from submission.errors import CheckpointError, OutputError
 from submission.job.ending import REPORT_SHARE, Ending, idle_time, report_seconds
 from submission.job.files import JobFiles, composition_that_fits
 from submission.job.generate import Generation
@@ -52,7 +52,9 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
     """
     log.add_phase("start and import", 0.0)
     with open_engine(request.devices, log, guard) as engine:
-        checkpoint = choose(request.model, cuda=engine.placement.kind == "cuda")
+        late = CheckpointError("the checkpoint's files do not come from the hub in time: try again, what came is kept")
+        with guard.awaiting(late):
+            checkpoint = choose(request.model, cuda=engine.placement.kind == "cuda")
         say_what_is_made(request, checkpoint, engine, log)
         with open_spool(request, checkpoint, log) as spool:
             offer_temporary(spool.folder)
@@ -134,10 +136,13 @@ def open_spool(request: JobRequest, checkpoint: Checkpoint, log: Log) -> Iterato
     Raises UsageError where that run made its rounds of something else, and OutputError.
     """
     task, folder = request.image.task, request.spool
-    with claimed(request.output):
+    with claimed(request.output) as locked:
+        if not locked:
+            log.warn(f"{request.output} is on a disk without locks: see that no other job writes there")
         try:
-            if request.dataset.is_dir():
-                raise OutputError(f"{request.dataset} is a folder: rename it, or choose another --output")
+            for file in map(request.dataset.with_suffix, (".pt", ".json", ".png", ".html")):
+                if file.is_dir():
+                    raise OutputError(f"{file} is a folder: rename it, or choose another --output")
             if request.dataset.exists():
                 log.say(f"{request.dataset} is there already, and is replaced once a round is done")
             if leftovers := remove_unfinished(request.output, task.name):

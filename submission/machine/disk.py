@@ -1,5 +1,6 @@
 """The folder a job writes to: one job at a time, room to write, files that are there whole or not at all."""
 
+import errno
 import fcntl
 import json
 import os
@@ -14,12 +15,21 @@ from submission.errors import OutputError, cannot_write
 
 # Locked by the job that has the folder.
 LOCK = ".job.lock"
+# What file systems say that know no locks, as those of clusters may.
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 @contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Makes the folder and keeps other jobs out while the context lasts, or until `release`. Raises OutputError."""
-    path, descriptor = folder / LOCK, None
+def claimed(folder: Path) -> Iterator[bool]:
+    """Makes the folder and keeps other jobs out while the context lasts, or until `release`.
+
+    False where its file system has no locks. Raises OutputError.
+    """
+    path, descriptor, locked = folder / LOCK, None, True
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise OutputError(f"{str(folder)!r} is not UTF-8, and not for libraries to read: choose another") from error
     try:
         folder.mkdir(parents=True, exist_ok=True)
         while descriptor is None or not _is_at(path, descriptor):  # which another job may just have removed
@@ -31,9 +41,11 @@ def claimed(folder: Path) -> Iterator[None]:
     except BlockingIOError as error:
         raise OutputError(f"another job is writing to {folder}: wait for it, or choose another --output") from error
     except OSError as error:
-        raise OutputError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+        if descriptor is None or error.errno not in NO_LOCKS:
+            raise OutputError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+        locked = False
     try:
-        yield
+        yield locked
     finally:
         if _is_at(path, descriptor):
             release(folder)

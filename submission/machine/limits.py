@@ -27,11 +27,12 @@ def memory_left(root: Path = SLASH) -> int | None:
 
 
 def _cores(group: Path) -> float | None:
-    words = (_text(group / "cpu.max") or "max").split()
-    if words[0] != "max":
-        return int(words[0]) / int(words[1])
-    quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
-    return quota / period if quota and period and quota > 0 else None
+    # Of version 2, in one file, or of version 1, in two.
+    if found := re.fullmatch(r"(\d+) (\d+)", (_text(group / "cpu.max") or "").strip()):
+        quota, period = int(found[1]), int(found[2])
+    else:
+        quota, period = _number(group / "cpu.cfs_quota_us") or 0, _number(group / "cpu.cfs_period_us") or 0
+    return quota / period if quota > 0 and period else None
 
 
 def _left(group: Path) -> int | None:
@@ -49,22 +50,24 @@ def _left(group: Path) -> int | None:
 def _groups(controller: str, root: Path) -> Iterator[Path]:
     """Folders of the groups that this process is in, for a controller, from its own up."""
     own: dict[str, str] = {}
-    for line in (_text(root / "proc/self/cgroup") or "").splitlines():
-        _, controllers, path = line.split(":", 2)
-        own |= dict.fromkeys(controllers.split(","), path)
-    for line in (_text(root / "proc/self/mountinfo") or "").splitlines():
-        before, _, after = line.partition(" - ")
-        kind, _, options = after.split(" ", 2)
+    for found in re.finditer(r"^\d+:([^:]*):(.*)$", _text(root / "proc/self/cgroup") or "", re.MULTILINE):
+        own |= dict.fromkeys(found[1].split(","), found[2])
+    mounts = r"^\d+ \d+ \S+ (\S+) (\S+) .*? - (\S+) \S+ (\S+)$"
+    for top, mounted, kind, options in re.findall(mounts, _text(root / "proc/self/mountinfo") or "", re.MULTILINE):
         if kind not in ("cgroup", "cgroup2"):
             continue
         name = controller if kind == "cgroup" else ""
         if name not in own or (name and name not in options.split(",")):
             continue
-        top, mounted = before.split()[3:5]
         # A container may see its own group at the mount's root, or the path that the host knows it by.
         inside = Path(own[name].removeprefix(top.rstrip("/")).lstrip("/"))
         for part in [inside, *inside.parents]:
-            yield root / mounted.lstrip("/") / part
+            yield root / _unescaped(mounted).lstrip("/") / part
+
+
+def _unescaped(path: str) -> str:
+    """Blanks and the like stand as three octal digits in a table of mounts."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), path)
 
 
 def _text(file: Path) -> str | None:

@@ -141,6 +141,9 @@ def inspect_recipe(recipe: Recipe, source: str) -> Checkpoint:
         # Without its vocabulary a tokenizer loads all the same, and takes every word for unknown.
         if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
             raise CheckpointError(f"{folder / 'vocab.json'} is missing (tokenizer.json, too)")
+        for file in map(folder.joinpath, ("tokenizer.json", "vocab.json", "merges.txt")):
+            if file.is_file():
+                _check_text(file)
     for file in dict.fromkeys(chain.from_iterable(found.files for found in weights.values())):
         _check_weights(file)
     if recipe.lora:
@@ -324,6 +327,17 @@ def _cross_attention_width(file: Path) -> int:
     return sum(shape[0] for name, shape in shapes(file).items() if name.endswith(layers))
 
 
+def _check_text(file: Path) -> None:
+    """A tokenizer would read an empty file, and take it for one without merges."""
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
+    _refuse_pointer(file, content)
+    if not content.strip():
+        raise CheckpointError(f"{file} is empty: fetch it again")
+
+
 def _refuse_pointer(file: Path, content: bytes) -> None:
     if content.startswith(LFS_POINTER):
         raise CheckpointError(f"{file} is git-LFS's pointer to the file, and not the file: git lfs pull brings it")
@@ -338,7 +352,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} is missing: not a checkpoint in diffusers' layout, or not all of it") from error
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is damaged ({error}): fetch it again") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a JSON object")

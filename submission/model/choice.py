@@ -41,7 +41,7 @@ def choose(
     if chosen := environment.get("BANKO_MODEL"):
         return _named(replace(model, name=chosen), f"BANKO_MODEL={chosen}", root)
     recipe = _as_wished(load_recipe(SDXL_TURBO), model)
-    if (root / "models" / SDXL_TURBO).is_dir():
+    if os.path.lexists(root / "models" / SDXL_TURBO):
         return inspect_recipe(localise(recipe, root), f"models/{SDXL_TURBO}")
     if not cuda:
         source = "embedded (no CUDA device, no SDXL-Turbo in models/sdxl-turbo)"
@@ -59,7 +59,9 @@ def localise(recipe: Recipe, root: Path = PROJECT, *, local_files_only: bool = F
     """The same recipe with all files here: in the project's `models/NAME`, where its base or a part says, in the hub's
     cache, or fetched, unless `local_files_only`. Raises CheckpointError."""
     own = root / "models" / recipe.name
-    if own.is_dir():
+    if os.path.lexists(own):
+        if not own.is_dir():
+            raise CheckpointError(f"{own} is no folder, or a link that leads nowhere: put the checkpoint there")
         return in_folder(recipe, own)
     base = Path(recipe.base)
     if not base.is_dir():
@@ -112,6 +114,10 @@ def _named(model: ModelRequest, source: str, root: Path) -> Checkpoint:
     if model.name in recipe_names() or model.name.endswith(".toml"):
         return _whole(_as_wished(load_recipe(model.name), model), source, root)
     path = Path(model.name)
+    try:
+        model.name.encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{source!r} is not UTF-8, and not for libraries to read: rename it") from error
     try:
         there, file = path.is_dir(), path.is_file()
     except OSError as error:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from submission.errors import CheckpointError
+from submission.errors import CheckpointError, importing
 from submission.log import Log
 from submission.machine.device import wake
 from submission.machine.memory import return_freed
@@ -112,9 +112,12 @@ def load_generator(
     index_of = {prompt: index for index, prompt in enumerate(prompts)}
     read_ahead(checkpoint)
     wake(device, dtype)
-    with log.phase("import libraries"):
-        from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: PLC0415, F401  # slow to import
+    with log.phase("import libraries"), importing():
+        import diffusers  # noqa: PLC0415  # slow to import
+        from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: PLC0415, F401
         from transformers import CLIPTextModel  # noqa: PLC0415, F401
+
+        diffusers.utils.logging.disable_progress_bar()  # of shards
     with log.phase("encode prompts"):
         if cut := pipeline.too_long(checkpoint, prompts):
             log.warn(f"{len(cut)} of {len(prompts)} prompts are longer than the model reads and are cut: {cut[0]!r}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from submission.errors import CheckpointError, first_line
@@ -190,7 +191,7 @@ def undo_compilation(network: Any) -> None:
 def _load_part(kind: Any, path: Path, part: str) -> Any:
     try:
         return kind.from_pretrained(path / part, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:  # of no class of its own, where a tokenizer's file is damaged
         raise CheckpointError(f"{path / part} cannot be loaded ({first_line(error)})") from error
 
 
@@ -243,7 +244,7 @@ def _load_folder(kind: Any, folder: Path, variant: str | None, device: torch.dev
             device_map=str(device),
             **{"dtype" if kind.__module__.startswith("transformers") else "torch_dtype": dtype},
         )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(f"{folder} cannot be loaded ({first_line(error)})") from error
     wrong = sorted(map(str, [*loading["missing_keys"], *loading["mismatched_keys"]]))
     if wrong:

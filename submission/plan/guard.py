@@ -10,10 +10,11 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn, Protocol, Self
 
-from submission.errors import BudgetError
+from submission.errors import BankoError, BudgetError
 from submission.plan.budget import Budget
 
 # Seconds between two looks at the clock.
@@ -22,8 +23,9 @@ TICK = 0.05
 PATIENCE = 1.0
 # Seconds for the last words, which nobody may be listening to.
 LAST_WORDS_PATIENCE = 0.15
-# Those that tell a job to stop. Slurm sends SIGUSR1 where it is asked to (--signal), a terminal that is lost SIGHUP.
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+# Those that tell a job to stop. Clusters send SIGUSR1 or SIGUSR2 where they are asked to (Slurm: --signal) and SIGXCPU
+# near a limit, a terminal that is lost SIGHUP.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
 
 
 class Duties(Protocol):
@@ -60,6 +62,7 @@ class Guard:
         self._before_exit: Callable[[], None] = lambda: None
         self._budget, self._close_log = budget, close_log
         self._stopped_by: signal.Signals | None = None
+        self._awaited: BankoError | None = None
 
     def serve(self, duties: Duties) -> None:
         """From now on the job has something to end."""
@@ -90,6 +93,13 @@ class Guard:
         self._thread.join()
         self._wake.close()
 
+    @contextmanager
+    def awaiting(self, error: BankoError) -> Iterator[None]:
+        """While the context lasts, the deadline is missed for this reason."""
+        self._awaited = error
+        yield
+        self._awaited = None
+
     def _watch(self) -> None:
         told_at = 0.0
         while True:
@@ -110,9 +120,11 @@ class Guard:
             duties = self._duties
             if duties is None:
                 if self._budget.late():
-                    seconds = f"a budget of {self._budget.seconds:g} s"
-                    print(f"error: {seconds} is over before the model is loaded: give a longer one", file=sys.stderr)
-                    self._exit(BudgetError.exit_code)
+                    over = BudgetError(
+                        f"a budget of {self._budget.seconds:g} s is over before the model is loaded: give a longer one"
+                    )
+                    print(f"error: {self._awaited or over}", file=sys.stderr)
+                    self._exit((self._awaited or over).exit_code)
                 if self._stopped_by and self._budget.elapsed - told_at > PATIENCE:
                     print("error: stopped before the first round was done: nothing is written", file=sys.stderr)
                     self._exit(BudgetError.exit_code)

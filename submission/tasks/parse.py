@@ -25,7 +25,8 @@ def _is_number(value: object) -> bool:
 
 def _text(value: object) -> str | None:
     # Joiners of no width are how some languages, and pictures, are spelt.
-    if isinstance(value, str) and value.strip() and re.sub("[\u200c\u200d]", "", value).isprintable():
+    seen = re.sub("[\u200c\u200d]", "", value) if isinstance(value, str) else ""
+    if seen.strip() and seen.isprintable():
         return None
     return "must be a string of one line, not empty"
 

@@ -5,6 +5,7 @@ a damaged file makes its reader raise is one line that names the file.
 """
 
 import difflib
+import os
 import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
@@ -72,15 +73,25 @@ def read_class_folders(folder: Path, task: Task) -> LabelledImages | None:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files below a folder, by their endings, in the order of their paths. Hidden ones, those in folders that
-    systems and programs make for themselves, and files of other endings are passed over. Raises OSError."""
-    found = []
-    for path in sorted(folder.rglob("*")):
-        parts = path.relative_to(folder).parts
-        own = not any(part.startswith((".", "@", "$")) or part in NOT_OURS for part in parts)
-        if own and path.suffix.lower() in ENDINGS and not path.is_dir():
-            found.append(path)
-    return found
+    """The image files below a folder, by their endings, in the order of their paths; links are followed. Hidden ones,
+    those in folders that systems and programs make for themselves, and files of other endings are passed over.
+
+    Raises OSError for a folder that cannot be read.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, seen = [], set[str]()
+    for path, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        if (real := os.path.realpath(path)) in seen:  # links may lead round in a circle
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith((".", "@", "$", "#")) and name not in NOT_OURS]
+        images = [name for name in files if not name.startswith(".") and Path(name).suffix.lower() in ENDINGS]
+        found += [Path(path, name) for name in images]
+    return sorted(found)
 
 
 def read_image(file: Path, size: int) -> NDArray[np.uint8]:

@@ -1,19 +1,16 @@
 """The real test images of a task, in whichever of the usual forms they lie in a folder."""
 
-import csv
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torchvision.datasets import CIFAR100
 
 from submission.dataset.dataset_file import mean_and_std
 from submission.errors import InputFileError
 from submission.tasks import Task
-from tools.reading.image_folder import find_images, read_class_folders
+from tools.reading.image_folder import find_images, read_class_folders, read_image
 from tools.reading.tensor_files import LabelledImages, read_truth
 
 TINY_IMAGENET = "tiny-imagenet-200"
@@ -59,28 +56,23 @@ def _cifar100(folder: Path, task: Task) -> LabelledImages:
 def _tiny_imagenet(folder: Path, task: Task) -> LabelledImages:
     """As the archive unpacks, or with `val/` sorted into a folder per class."""
     index = {one.wnid: one.index for one in task.classes}
-    listing = folder / "val" / "val_annotations.txt"
-    if not find_images(folder / "val" / "images") and (found := read_class_folders(folder / "val", task)):
+    images, listing = folder / "val" / "images", folder / "val" / "val_annotations.txt"
+    there = find_images(images) if images.is_dir() else []
+    if not there and (found := read_class_folders(folder / "val", task)):
         return found
     try:
-        with listing.open(newline="", encoding="utf-8") as lines:
-            rows = [(row[0], row[1]) for row in csv.reader(lines, delimiter="\t") if row]
+        lines = [line for line in listing.read_text("utf-8-sig").splitlines() if line.strip()]
+        rows = [(images / name, wnid) for name, wnid, *_ in (line.split("\t") for line in lines)]
         labels = torch.tensor([index[wnid] for _, wnid in rows])
-        pixels = np.stack(list(_pixels((folder / "val" / "images" / name for name, _ in rows), task.size)))
-    except (OSError, ValueError, IndexError) as error:
-        raise InputFileError(f"{listing}: the images it names cannot be read ({error})") from error
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"{listing}: cannot be read as lines of an image, a tab and a class ({error})") from error
     except KeyError as error:
         raise InputFileError(f"{listing} names a class {error} that {task.name} does not have") from error
-    return _normalised(pixels, labels, task)
-
-
-def _pixels(files: Iterator[Path], size: int) -> Iterator[NDArray[np.uint8]]:
-    """uint8 [size, size, 3] of each image; ValueError for one of another size."""
-    for file in files:
-        with Image.open(file) as image:
-            if image.size != (size, size):
-                raise ValueError(f"{file.name} is {image.width} x {image.height} px")
-            yield np.asarray(image.convert("RGB"))
+    named = [file for file, _ in rows]
+    if sorted(named) != there:
+        one = next(iter(sorted(set(named) ^ set(there))), "each of them once")
+        raise InputFileError(f"{listing}: the images it names cannot be read: {one} is not in it and in {images}")
+    return _normalised(np.stack([read_image(file, task.size) for file in named]), labels, task)
 
 
 def _normalised(pixels: NDArray[np.uint8], labels: torch.Tensor, task: Task) -> LabelledImages:

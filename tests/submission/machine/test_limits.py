@@ -66,6 +66,14 @@ def test_the_least_of_a_group_and_its_parents_counts(
     assert limits.cores(root) == min(cores or 10**6, len(os.sched_getaffinity(0)))
 
 
+@pytest.mark.parametrize("quota", ["100000", "100000 0", "abc def", "", "max 100000"])
+def test_what_makes_no_sense_is_no_limit(quota: str, tmp_path: Path) -> None:
+    files = {"sys/fs/cgroup/cpu.max": quota, "sys/fs/cgroup/memory.max": quota}
+    root = make(tmp_path, "nonsense\n0::/", f"short\n{V2}", files)
+    assert limits.cores(root) == len(os.sched_getaffinity(0))
+    assert limits.memory_left(root) in (None, 100000)
+
+
 def test_a_machine_without_control_groups_has_no_limits(tmp_path: Path) -> None:
     assert limits.memory_left(tmp_path) is None and limits.cores(tmp_path) == len(os.sched_getaffinity(0))
 

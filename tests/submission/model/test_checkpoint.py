@@ -15,6 +15,7 @@ from submission.model.checkpoint import inspect, weight_digests
 from submission.model.choice import ModelRequest, choose, recognise
 from submission.model.generator import load_generator
 from submission.model.image_spec import ImageSpec
+from submission.model.pipeline import encode_prompts
 from submission.model.recipe import load_recipe
 from submission.plan.budget import start_budget
 from submission.tasks import load_task
@@ -116,6 +117,23 @@ def test_a_damaged_configuration_is_named(copy: Path, content: str) -> None:
         inspect(copy, "test")
 
 
+@pytest.mark.parametrize("name", ["tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json"])
+@pytest.mark.parametrize("content", ["", "version https://git-lfs.github.com/spec/v1\noid sha256:00\n"])
+def test_a_tokenizer_of_nothing_is_named(copy: Path, name: str, content: str) -> None:
+    """It would load, and take every letter for a word."""
+    (copy / name).write_text(content)
+    with pytest.raises(CheckpointError, match=rf"{name} is (empty|git-LFS's pointer)"):
+        inspect(copy, "test")
+
+
+def test_a_damaged_tokenizer_is_said(copy: Path) -> None:
+    (copy / "tokenizer/tokenizer.json").unlink()
+    (copy / "tokenizer/vocab.json").write_text("{}")
+    (copy / "tokenizer/merges.txt").write_text("#version: 0.2\na b\n")
+    with pytest.raises(CheckpointError, match=r"tokenizer cannot be loaded"):
+        encode_prompts(inspect(copy, "test"), ["a"], torch.device("cpu"), torch.float32)
+
+
 def test_another_pipeline_is_refused(copy: Path) -> None:
     index = json.loads((copy / "model_index.json").read_text())
     (copy / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
@@ -173,6 +191,14 @@ def test_auto_takes_the_local_folder_next(checkpoint_folder: Path, tmp_path: Pat
     for cuda in (False, True):
         found = choose(ModelRequest(), cuda=cuda, environment={}, root=tmp_path)
         assert found.path.resolve() == checkpoint_folder.resolve() and found.source == "models/sdxl-turbo"
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_a_local_folder_that_leads_nowhere_is_an_error(cuda: bool, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/sdxl-turbo").symlink_to(tmp_path / "scratch")
+    with pytest.raises(CheckpointError, match="is no folder, or a link that leads nowhere"):
+        choose(ModelRequest(), cuda=cuda, environment={}, root=tmp_path)
 
 
 def test_a_damaged_local_folder_is_an_error_not_a_reason_to_look_on(copy: Path, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ LEFT_BEHIND = (
     "__MACOSX/._1.png",
     "._1.png",
     "$RECYCLE.BIN/1.png",
+    "#recycle/1.png",
     "lost+found/1.png",
     "Thumbs.db",
     "desktop.ini",
@@ -76,6 +77,31 @@ def test_what_systems_and_programs_leave_is_passed_over(name: str, task: Task, t
     found = find_reference_data(tmp_path, task)
     assert found.labels.tolist() == [0, 0, 1, 2]
     assert len(find_images(tmp_path)) == 4, "init reads them by the same rule"
+
+
+def test_links_are_followed_once_and_odd_names_of_files_are_names(task: Task, tmp_path: Path) -> None:
+    make_images(tmp_path / "real")
+    (tmp_path / "linked").mkdir()
+    for name in COLOURS:
+        (tmp_path / "linked" / name).symlink_to(tmp_path / "real" / name)
+    (tmp_path / "real/pear/round").symlink_to(tmp_path / "linked/pear")  # in a circle
+    Image.new("RGB", (9, 9)).save(tmp_path / "real/plum/@user $1.jpg")
+    assert find_reference_data(tmp_path / "linked", task).labels.tolist() == [0, 0, 1, 2, 2]
+    assert len(find_images(tmp_path / "linked")) == 5
+
+
+def test_a_folder_that_cannot_be_read_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_images(tmp_path)
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", refuse)  # root may read everything
+    with pytest.raises(PermissionError, match="more"):
+        find_images(tmp_path)
 
 
 def test_a_folder_s_name_may_be_spelt_in_another_normal_form(task_file: Path, tmp_path: Path) -> None:
