@@ -26,6 +26,10 @@ PACKAGE = Path(__file__).resolve().parents[1]
 DIRECT, STORE = 64 << 20, 128 << 20
 # Seconds in which a cluster has to answer.
 CLUSTER_PATIENCE = 5.0
+# Whoever has it may use the Ray of this process: all of them, one after the other, since Ray reads it once.
+TOKEN = secrets.token_hex(32)
+# Where Ray keeps its files: one of each task.
+FOLDERS: list[Path] = []
 # What is left to do where this process is killed, and its end of a pipe closed: Ray's agents would wait for a minute
 # for one that answers. They are known by the logs that they write to.
 WATCH = """
@@ -101,7 +105,7 @@ class RaySession:
         os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
         if self._cluster is None:
             # Other users of this machine reach its ports, too: whoever has no token is refused.
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
         wish = "several devices on this machine" if self._cluster is None else f"--cluster {self._cluster}"
         try:
             import ray  # noqa: PLC0415
@@ -111,6 +115,10 @@ class RaySession:
             # It would print a paragraph for everyone who dies; the job has a line for that.
             ray._private.worker.print_to_stdstream = lambda *_, **__: None
             atexit.unregister(ray.shutdown)  # which would wait for what `close` has ended
+            if ray.is_initialized():  # by a task before; its folder is made again where this looks for what has ended
+                ray.shutdown()
+                for folder in FOLDERS:
+                    shutil.rmtree(folder, ignore_errors=True)
             if self._cluster is None:
                 self._start_ray()
             else:
@@ -129,6 +137,7 @@ class RaySession:
         if sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         self._folder = Path(tempfile.mkdtemp(prefix="banko-ray-"))
+        FOLDERS.append(self._folder)
         watch = ["/bin/sh", "-c", WATCH, "watch", str(self._folder)]
         self._watch = subprocess.Popen(watch, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         self.ray.init(

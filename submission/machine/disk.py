@@ -55,8 +55,10 @@ def claimed(folder: Path) -> Iterator[bool]:
 def offer_temporary(folder: Path) -> None:
     """Has libraries put their temporary files there where no place is left: a container's root may be read-only."""
     try:
-        tempfile.gettempdir()
+        there = Path(tempfile.gettempdir()).is_dir()  # which may have been another task's such folder
     except FileNotFoundError:
+        there = False
+    if not there:
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder.absolute())
 
 
