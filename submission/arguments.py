@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from submission.errors import BankoError, InputFileError, UsageError
+from submission.errors import BankoError, InputFileError, UsageError, told_by_the_system
 from submission.streams import open_streams
 
 # How a class is asked for (`submission.tasks`).
@@ -61,7 +61,7 @@ def exit_code_of(
     except OSError as error:
         if debug:
             raise
-        print(f"error: {error.filename or 'the system'}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {told_by_the_system(error)}", file=sys.stderr)
         return file_error.exit_code
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -3,7 +3,7 @@
 import argparse
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,17 +23,18 @@ from submission.arguments import (
 )
 from submission.errors import OutputError, UsageError, importing
 from submission.launchers import rank_and_count
-from submission.plan.budget import start_budget
-from submission.plan.guard import Guard
+from submission.plan.budget import Allowance, start_budget
 from submission.tasks import Task, builtin_names, load_task, parse_prompts
 
 if TYPE_CHECKING:
-    from submission.engine import Load
+    from submission.job.run import Prepare
+    from submission.log import Log
     from submission.request import JobRequest
 
 EXAMPLES = """examples:
   ./run.sh cifar100                              ten minutes, embedded model without a GPU, SDXL-Turbo with one
   ./run.sh tinyimagenet --budget 2m --seed 7     another task, budget and seed
+  ./run.sh cifar100 tinyimagenet --total 20m     both, one after the other, under one limit
   ./run.sh cifar100 --model models/sdxl-turbo --resolution 256
   ./run.sh my-classes.toml --prompts diverse     a task of your own, which init has written
 
@@ -50,21 +51,30 @@ tools, each with a --help of its own:
   ./run.sh test             runs everything that CI runs
 
 exit codes:
-  0 file complete   2 usage   3 the budget cannot hold one round   4 checkpoint missing, damaged or of the wrong kind
-  5 output cannot be written
+  0 complete   2 usage   3 the budget cannot hold one round   4 checkpoint missing, damaged or of the wrong kind
+  5 output cannot be written; of several tasks, the code of the first that fails
 """
 
 
 def build_parser() -> Parser:
     parser = Parser(
         prog="./run.sh",
-        description="Makes a class-balanced synthetic training set from class names, inside a time budget: "
+        description="Makes class-balanced synthetic training sets from class names, inside a time budget: of each task "
         "DIR/NAME.pt, with a manifest (.json), a contact sheet (.png) and a report (.html).",
         epilog=EXAMPLES,
     )
     add = parser.add_argument
-    add("task", metavar="TASK", help=f"{', '.join(builtin_names())}, or the path of a task's .toml")
-    add("--budget", default="10m", metavar="TIME", help="from process start to exit: 600 (seconds), 90s or 10m")
+    add("tasks", nargs="+", metavar="TASK", help=f"{', '.join(builtin_names())}, or the path of a task's .toml")
+    time_limit = parser.add_mutually_exclusive_group()
+    time_limit.add_argument(
+        "--budget",
+        default="10m",
+        metavar="TIME",
+        help="for each task: 600 (seconds), 90s or 10m, from process start to exit, for later tasks from their turn on",
+    )
+    time_limit.add_argument(
+        "--total", metavar="TIME", help="for all tasks together, split by their classes (default: each has its budget)"
+    )
     add(
         "--started-at",
         type=epoch,
@@ -133,7 +143,7 @@ def build_parser() -> Parser:
 def main(
     arguments: Sequence[str] | None = None,
     process_start: float | None = None,
-    prepare: Callable[..., "Load"] | None = None,
+    prepare: "Prepare | None" = None,
 ) -> int:
     """Runs the command line and returns the exit code. `process_start` is in Unix seconds; `submission.job.run` says
     what `prepare` is for."""
@@ -143,35 +153,36 @@ def main(
     )
 
 
-def _run(options: argparse.Namespace, process_start: float, prepare: Callable[..., "Load"] | None) -> None:
-    task = load_task(options.task)
-    seconds = parse_seconds(options.budget)
+def _run(options: argparse.Namespace, process_start: float, prepare: "Prepare | None") -> int:
+    tasks = [load_task(one) for one in options.tasks]
+    names = [task.name for task in tasks]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"{twice[0]} is asked for twice: each task has a file of its own, {twice[0]}.pt")
+    seconds = parse_seconds(options.total, "--total") if options.total else parse_seconds(options.budget)
     if options.devices[0] == "cpu" and options.device == "cuda":
         raise UsageError("--devices cpu:N and --device cuda contradict each other: leave one of them out")
     rank, processes = (0, 1) if options.cluster else rank_and_count()
     if rank:
         print(f"process {rank} of {processes} leaves: the first one drives all devices of this machine")
-        return
-    budget = start_budget(seconds, process_start, options.started_at)
+        return 0
+    start = start_budget(seconds, process_start, options.started_at).start
+    allowance = Allowance(seconds, start, shared=bool(options.total))
+
+    def ask(log: "Log") -> "Sequence[JobRequest]":
+        if processes > 1:
+            here = "this one drives all devices of this machine, the others leave"
+            log.say(f"started as {processes} processes: {here}")
+        return [_request(options, task, tuple(names)) for task in tasks]
+
     with importing():
-        from submission.log import Log, default_style  # noqa: PLC0415  # slow to import
+        from submission.job.sequence import run_in_turn  # noqa: PLC0415  # slow to import
+        from submission.log import default_style  # noqa: PLC0415
 
-    log = Log(options.log or default_style(), budget)
-    try:
-        with Guard(budget, log.close) as guard:
-            if processes > 1:
-                here = "this one drives all devices of this machine, the others leave"
-                log.say(f"started as {processes} processes: {here}")
-            # These take seconds to import, and wrong usage should be said at once.
-            with importing():
-                from submission.job.run import run  # noqa: PLC0415
-
-            run(_request(options, task), budget, log, guard, prepare)
-    finally:
-        log.close()
+    return run_in_turn(tasks, ask, allowance, options.log or default_style(), prepare, debug=options.debug)
 
 
-def _request(options: argparse.Namespace, task: Task) -> "JobRequest":
+def _request(options: argparse.Namespace, task: Task, names: tuple[str, ...]) -> "JobRequest":
+    # These take seconds to import, and wrong usage should be said at once.
     from submission.model.choice import ModelRequest  # noqa: PLC0415
     from submission.model.decoder import RUNGS  # noqa: PLC0415  # slow to import
     from submission.model.image_spec import ImageSpec  # noqa: PLC0415
@@ -196,4 +207,5 @@ def _request(options: argparse.Namespace, task: Task) -> "JobRequest":
             kind or options.device, count, options.cluster, options.batch_size, options.compile == "auto"
         ),
         resume=options.resume,
+        tasks=names,
     )

@@ -62,6 +62,11 @@ def importing() -> Iterator[None]:
         ) from error
 
 
+def told_by_the_system(error: OSError) -> str:
+    """What the system said of a file, in a line."""
+    return f"{error.filename or 'the system'}: {error.strerror or error}"
+
+
 def cannot_write(path: Path, error: OSError, size: float) -> OutputError:
     """What kept `size` bytes from being written there, and what to do about it."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -31,7 +31,8 @@ class DeviceRequest:
 @dataclass(frozen=True)
 class JobRequest:
     """Which images, by which model, and the file: at most `copies` per image and `cap` images per class, `dtype` of
-    its numbers. `resume` goes on from the rounds of an interrupted run."""
+    its numbers. `resume` goes on from the rounds of an interrupted run. `tasks` are the names of all that the run is
+    asked for."""
 
     image: ImageSpec
     model: ModelRequest
@@ -42,6 +43,7 @@ class JobRequest:
     dtype: str
     devices: DeviceRequest
     resume: bool = False
+    tasks: tuple[str, ...] = ()
 
     @property
     def composition(self) -> Composition:

@@ -16,9 +16,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ from submission import cli
 from submission.dataset.rounds import Spool
 from submission.engine import Engine, Load, Maker
 from submission.engine.maker import GeneratorMaker
-from submission.job import run
+from submission.errors import CheckpointError
+from submission.job import checks, run, sequence
 from submission.job.ending import Ending
 from submission.job.files import JobFiles
 from submission.log import Log
@@ -41,10 +43,10 @@ from submission.model.choice import choose
 from submission.model.generator import Generator, load_generator
 from submission.model.image_spec import ImageSpec
 from submission.plan import guard
-from submission.plan.budget import start_budget
+from submission.plan.budget import Allowance, Budget, start_budget
 from submission.report import page
 from submission.request import JobRequest
-from submission.tasks import load_task
+from submission.tasks import Task, load_task
 from tests import stub_device
 from tools.training import critic, diffusion, distil, layout, progress, vae
 
@@ -62,8 +64,12 @@ CPU = torch.device("cpu")
 def generator() -> Generator:
     """CIFAR-100 from the embedded checkpoint. One thread: the pool of more would not survive a fork."""
     torch.set_num_threads(1)
+    return _load(load_task("cifar100"))
+
+
+def _load(task: Task) -> Generator:
     log, checkpoint = Log("plain", start_budget(600)), inspect(EMBEDDED, "embedded")
-    return load_generator(ImageSpec(load_task("cifar100")), checkpoint, CPU, log)
+    return load_generator(ImageSpec(task), checkpoint, CPU, log)
 
 
 class Interfered(Generator):
@@ -76,14 +82,23 @@ class Interfered(Generator):
         return super().images(numbers, log)
 
 
-def good_device(_: JobRequest, checkpoint: Checkpoint, engine: Engine, spool: Spool) -> Load:
+def good_device(request: JobRequest, checkpoint: Checkpoint, engine: Engine, spool: Spool) -> Load:
     """The embedded checkpoint as it is; where there are several devices, each loads it for itself."""
-    return _with(lambda _: None) if engine.alone else run.loader(_, checkpoint, engine, spool)
+    if not engine.alone:
+        return run.loader(request, checkpoint, engine, spool)
+    return _with(lambda _: None, None if is_first(request) else request.image.task)
 
 
-def _with(before: Callable[[NDArray[np.int64]], None]) -> Load:
+def is_first(request: JobRequest) -> bool:
+    """Whether the request is for CIFAR-100, as in tests of several tasks that of the first one."""
+    return request.image.task.name == "cifar100"
+
+
+def _with(before: Callable[[NDArray[np.int64]], None], task: Task | None = None) -> Load:
+    """A device that does something before every batch, for images of CIFAR-100 or of another task."""
+
     def load(seconds_left: float, like: object, network: object, log: Log) -> Maker:
-        loaded = generator()
+        loaded = _load(task) if task else generator()
         interfered = Interfered(**{field.name: getattr(loaded, field.name) for field in dataclasses.fields(loaded)})
         interfered.before = before
         return GeneratorMaker(interfered, CPU, log, WorkingMemory.watch(), Crowding())
@@ -94,6 +109,7 @@ def _with(before: Callable[[NDArray[np.int64]], None]) -> Load:
 def start(
     output: Path,
     *options: str,
+    tasks: Sequence[str] = ("cifar100",),
     device: run.Prepare = good_device,
     fault: Callable[[], None] | None = None,
     environment: Mapping[str, str] | None = None,
@@ -102,7 +118,7 @@ def start(
 
     `device` and `fault` are functions below: what makes the images, and what is wrong with everything else.
     """
-    return _start(_job, output, options, device, fault, environment or {})
+    return _start(_job, output, [*tasks], options, device, fault, environment or {})
 
 
 def start_command(
@@ -146,6 +162,7 @@ def wait_for(condition: Callable[[], bool], process: ForkServerProcess) -> None:
 
 def _job(
     output: Path,
+    tasks: list[str],
     options: tuple[str, ...],
     device: run.Prepare,
     fault: Callable[[], None] | None,
@@ -157,7 +174,7 @@ def _job(
     os.dup2(log, 2)
     if fault:
         fault()
-    arguments = ["cifar100", "--model", "embedded", "--device", "cpu", "--output", str(output), *options]
+    arguments = [*tasks, "--model", "embedded", "--device", "cpu", "--output", str(output), *options]
     os._exit(cli.main(arguments, prepare=device))
 
 
@@ -202,15 +219,45 @@ def little_memory(*_: object) -> Load:
     return _with(before)
 
 
-def stuck_device(*_: object) -> Load:
+def stuck_device(*_: object, seconds: float = 1000) -> Load:
     """After FAULT_AFTER rounds a batch never comes back."""
 
     def before(numbers: NDArray[np.int64]) -> None:
         if numbers[0] >= 100 * FAULT_AFTER:  # CIFAR-100's images are numbered round after round
             print("the device is stuck", flush=True)
-            time.sleep(1000)
+            time.sleep(seconds)
 
     return _with(before)
+
+
+def late_with_the_first(request: JobRequest, *_: object) -> Load:
+    """A batch of the first task comes back after ten seconds, too late for a budget of so many; the second one's are
+    made as they should be."""
+    return stuck_device(seconds=10) if is_first(request) else _with(lambda _: None, request.image.task)
+
+
+def slow_to_load_the_first(request: JobRequest, *_: object) -> Load:
+    """To load the first task's model takes longer than a budget of six seconds."""
+    if not is_first(request):
+        return _with(lambda _: None, request.image.task)
+
+    def load(*arguments: Any) -> Maker:
+        time.sleep(7)
+        return _with(lambda _: None)(*arguments)
+
+    return load
+
+
+def no_model_for_the_first(request: JobRequest, *_: object) -> Load:
+    """The checkpoint is gone when the first task's turn comes, and back for the second."""
+    if is_first(request):
+        raise CheckpointError("/weights/unet is missing")
+    return _with(lambda _: None, request.image.task)
+
+
+def unhurried_with_the_second(request: JobRequest, *_: object) -> Load:
+    """Leaves time for something to happen while the second task's images are made."""
+    return _with(lambda _: None) if is_first(request) else _with(lambda _: time.sleep(3), request.image.task)
 
 
 def failing_device(*_: object) -> Load:
@@ -302,7 +349,7 @@ def gpu_without_weights() -> None:
     """A CUDA device, and no SDXL-Turbo to be had."""
     offline()
     vars(torch.cuda).update(is_available=lambda: True, device_count=lambda: 1, set_device=lambda _: None)
-    vars(run)["choose"] = functools.partial(choose, root=Path.cwd())
+    vars(run)["choose"] = vars(checks)["choose"] = functools.partial(choose, root=Path.cwd())
 
 
 def no_ray() -> None:
@@ -357,3 +404,25 @@ def slow_to_notice() -> None:
     vars(guard)["LAST_WORDS_PATIENCE"] = 1.5
     vars(run)["JobFiles"] = SlowToNotice
     setattr(Ending, "last_words", time_is_up_and_said)  # noqa: B010
+
+
+def slow_with_all(request: JobRequest, *_: object) -> Load:
+    """Rounds of any task take their time."""
+    return _with(lambda _: time.sleep(0.3), request.image.task)
+
+
+def told_between_tasks() -> None:
+    """Told to stop when the first task is over, and before anything of the second has begun."""
+    setattr(sequence, "_forget_the_last", lambda: os.kill(os.getpid(), signal.SIGTERM))  # noqa: B010
+
+
+def told_as_the_second_begins() -> None:
+    """Told to stop when it is settled that the second task is begun, and before its guard is there."""
+    turn = Allowance.turn
+
+    def turn_and_stop(self: Allowance, classes: Sequence[int], began: float) -> tuple[Budget, Budget]:
+        if began > self.start:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return turn(self, classes, began)
+
+    setattr(Allowance, "turn", turn_and_stop)  # noqa: B010

@@ -142,6 +142,8 @@ USAGE = [
     Row("cifar100 --budget ten", 2, "--budget 'ten' is not a duration"),
     Row("cifar100 --budget -1", 2, "--budget '-1' is not a duration"),
     Row("cifar100 --budget", 2, "argument --budget: expected one argument"),
+    Row("cifar100 --total ten", 2, "--total 'ten' is not a duration"),
+    Row("cifar100 --total 2m --budget 1m", 2, "argument --budget: not allowed with argument --total"),
     Row("cifar100 --seeds 3", 2, "unrecognized arguments: --seeds 3"),
     Row("cifar100 --seed -1", 2, "argument --seed: '-1' is not a whole number, 0 or more"),
     Row("cifar100 --max-ipc 0", 2, "'0' is not a whole number, 1 or more"),
@@ -165,6 +167,10 @@ USAGE = [
     Row("nowhere.toml", 2, "nowhere.toml: there is no such file"),
     Row("broken.toml", 2, "broken.toml:4: size must be an even whole number of pixels, 8 to 1024"),
     Row(f"{'x' * 300}.toml", 2, "File name too long"),
+    Row("tiny.toml nowhere.toml", 2, "nowhere.toml: there is no such file"),
+    Row("tiny.toml cifar100 tiny.toml", 2, "tiny is asked for twice: each task has a file of its own, tiny.pt"),
+    Row("cifar100 tiny.toml --model checkpoint --prompts diverse", 2, "task tiny has none: add a [phrasings] table"),
+    Row("tiny.toml cifar100 --model checkpoint --resolution 18", 2, "this checkpoint needs a multiple of 4"),
     Row("tiny.toml --model checkpoint --prompts diverse", 2, "add a [phrasings] table such as"),
     Row("tiny.toml --model checkpoint --prompts nice", 2, "'nice' is none of label, described, diverse, nor the path"),
     Row("tiny.toml --model checkpoint --prompts no.toml", 2, "no.toml: there is no such file"),
@@ -194,6 +200,8 @@ USAGE = [
 ]
 JOB = [
     Row("tiny.toml --model checkpoint --started-at 1000", 3, "is over before the model is loaded: give a longer one"),
+    Row("tiny.toml cifar100 --model nowhere", 4, "--model nowhere: there is no folder nowhere"),
+    Row("tiny.toml cifar100", 4, "no SDXL-Turbo weights: ", forked.gpu_without_weights),
     Row("tiny.toml --model nowhere", 4, "--model nowhere: there is no folder nowhere"),
     Row("tiny.toml --model file", 4, "--model file: one file lacks what a checkpoint needs beside weights: write a"),
     Row("tiny.toml --model sdxl-torbo", 4, "no recipe of that name (dmd2-sdxl, hyper-sd15,"),
@@ -220,6 +228,7 @@ JOB = [
     Row("tiny.toml --model checkpoint --output \udcff", 5, "is not UTF-8, and not for libraries to read"),
     Row("tiny.toml --model checkpoint --output taken_report", 5, "taken_report/tiny.html is a folder: rename it"),
     Row("tiny.toml --model checkpoint --output taken", 5, "taken/tiny.pt is a folder: rename it, or choose another"),
+    Row("cifar100 tiny.toml --model checkpoint --output taken", 5, "taken/tiny.pt is a folder: rename it, or choose"),
 ]
 TOOLS_REFUSE = [
     Row("audit", 2, "the following arguments are required: FILE.pt; ./run.sh audit --help says more"),
@@ -374,6 +383,12 @@ def disk(folder: Path, request: pytest.FixtureRequest) -> Iterator[str]:
 )
 def test_a_disk_without_room_or_for_reading_alone(disk: str, words: str, folder: Path) -> None:
     refused(Row("large.toml --model checkpoint --output disk/out", 5, words), folder)
+
+
+@pytest.mark.parametrize("disk", ["rw"], indirect=True)
+def test_a_disk_with_room_for_the_first_task_alone(disk: str, folder: Path) -> None:
+    words = "one image per class of tiny and large takes 84.96 MB there, and"
+    refused(Row("tiny.toml large.toml --model checkpoint --output disk/out", 5, words), folder)
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ class Ending:
     ) -> None:
         self._request, self._sampling, self._engine, self._planner = request, sampling, engine, planner
         self._files, self._digests, self._log = files, digests, log
-        self._complete = False
+        self.complete = False
 
     def overdue(self) -> bool:
         return self._planner.overdue()
@@ -46,7 +46,7 @@ class Ending:
         return 0 if self._files.plan.in_place else BudgetError.exit_code
 
     def stopped_by(self, number: signal.Signals) -> None:
-        if not self._complete:
+        if not self.complete:
             rounds = self._files.plan.rounds
             self._log.warn(f"told to stop ({number.name}): finishing the file with {rounds} rounds")
 
@@ -63,7 +63,7 @@ class Ending:
     def last_words(self) -> None:
         self._files.freeze()
         extent, spool = self._files.plan.in_place, self._files.spool
-        if self._complete:
+        if self.complete:
             return
         if extent is None:
             if not spool.count:
@@ -101,13 +101,14 @@ class Ending:
                 log.warn("the checkpoint's SHA-256 was not ready in time and is missing from the manifest")
             self._files.write_manifest()
         copies = f"the rest {request.pda} copies" if extent.rounds < extent.ipc else "no copies"
+        left = max(0.0, plan.budget.left)  # the deadline may be past where other tasks follow
         log.say(
             f"{request.dataset}: {plan.composition.classes} classes, IPC {extent.ipc} "
-            f"({min(extent.rounds, extent.ipc)} generated, {copies}), {plan.budget.left:.1f} s before the deadline"
+            f"({min(extent.rounds, extent.ipc)} generated, {copies}), {left:.1f} s before the deadline"
         )
         if unused := idle_time(self._planner, self._sampling):
             log.say(unused)
-        self._complete = True
+        self.complete = True
         if plan.budget.hurried and spool.count < plan.composition.cap:
             log.say(f"its {spool.count} rounds are kept in {spool.folder}: --resume goes on from them")
         else:

@@ -1,7 +1,7 @@
 """The files of a job: written from its spool, put in place, and described beside."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -25,24 +25,42 @@ USABLE_ROOM = 0.95
 
 def composition_that_fits(request: JobRequest, spool: Spool, log: Log) -> Composition:
     """What was asked for, with a cap that the disk has room for; says how much of it that takes. Raises OutputError."""
-    wanted, values = request.composition, 3 * request.image.task.size**2
-    # The spool, the file in place and the next one, which replaces it when it is whole.
-    image_bytes = values * (1 + 2 * getattr(torch, request.dtype).itemsize)
-    free = room(request.output) + spool.count * wanted.classes * values
-    fitting = int(USABLE_ROOM * free / (image_bytes * wanted.classes))
+    wanted, of_each = request.composition, bytes_per_ipc(request)
+    free = room(request.output) + spool.count * wanted.classes * 3 * request.image.task.size**2
+    fitting = int(USABLE_ROOM * free / of_each)
     if fitting < 1:
-        raise OutputError(
-            f"no room in {request.output}: one image per class of {request.image.task.name} takes "
-            f"{image_bytes * wanted.classes / 1e6:,.2f} MB there, and {free / 1e6:,.2f} MB are free: make room, or "
-            "choose another --output"
-        )
+        raise no_room([request], free)
     cap = min(wanted.cap, fitting)
     bounded = f", all there is room for of the {wanted.cap} allowed" if cap < wanted.cap else ""
     log.say(
-        f"disk: at most {cap * wanted.classes * image_bytes / 1e9:,.2f} GB in {request.output}, where "
+        f"disk: at most {cap * of_each / 1e9:,.2f} GB in {request.output}, where "
         f"{free / 1e9:,.2f} GB are free, for IPC {cap}{bounded}"
     )
     return replace(wanted, cap=cap)
+
+
+def check_place(request: JobRequest) -> None:
+    """Raises OutputError where something stands in the place of a file."""
+    for file in map(request.dataset.with_suffix, (".pt", ".json", ".png", ".html")):
+        if file.is_dir():
+            raise OutputError(f"{file} is a folder: rename it, or choose another --output")
+
+
+def bytes_per_ipc(request: JobRequest) -> int:
+    """Bytes on the disk for one image per class: in the spool, in the file in place, and in the next one, which
+    replaces it when it is whole."""
+    task, dtype = request.image.task, getattr(torch, request.dtype)
+    return len(task.classes) * 3 * task.size**2 * (1 + 2 * int(dtype.itemsize))
+
+
+def no_room(requests: Sequence[JobRequest], free: float) -> OutputError:
+    """Says that the files of all these do not fit into what is free in their folder, and what to do."""
+    names = " and ".join(request.image.task.name for request in requests)
+    needed = sum(map(bytes_per_ipc, requests))
+    return OutputError(
+        f"no room in {requests[0].output}: one image per class of {names} takes {needed / 1e6:,.2f} MB there, and "
+        f"{free / 1e6:,.2f} MB are free: make room, or choose another --output"
+    )
 
 
 class JobFiles:

@@ -50,6 +50,8 @@ class Generation:
             self.supply()
             if planner.done or self.nothing_to_wait_for():
                 break
+            if planner.budget.usable <= 0:  # other tasks follow, or the guard would have ended the process
+                break
             if planner.time_to_write():
                 log.say(f"{planner.in_hand} images were still under way when it was time to write")
                 break

@@ -15,9 +15,9 @@ from submission.engine import Engine, Load
 from submission.engine.alone import Alone
 from submission.engine.fleet import Fleet
 from submission.engine.maker import Loading, load_elsewhere, load_maker
-from submission.errors import CheckpointError, OutputError
+from submission.errors import OutputError
 from submission.job.ending import REPORT_SHARE, Ending, idle_time, report_seconds
-from submission.job.files import JobFiles, composition_that_fits
+from submission.job.files import JobFiles, check_place, composition_that_fits
 from submission.job.generate import Generation
 from submission.job.history import History
 from submission.log import Log
@@ -29,7 +29,7 @@ from submission.model.choice import choose
 from submission.plan.budget import Budget
 from submission.plan.estimates import Composition, Extent, FileCost
 from submission.plan.file_plan import FilePlan
-from submission.plan.guard import Guard
+from submission.plan.guard import HUB_IS_LATE, Guard
 from submission.plan.planner import Planner
 from submission.report.manifest import Digests, machine
 from submission.request import DeviceRequest, JobRequest
@@ -44,16 +44,16 @@ EXIT_PATIENCE = 0.1
 Prepare = Callable[[JobRequest, Checkpoint, Engine, Spool], Load]
 
 
-def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Prepare | None = None) -> None:
-    """Makes OUT/NAME.pt, .json, .png and .html inside `budget`; `guard.stop` ends generation early.
+def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Prepare | None = None) -> Extent:
+    """Makes OUT/NAME.pt, .json, .png and .html inside `budget`, and returns what is in the file; `guard.stop` ends
+    generation early.
 
     `prepare` says what a device does to get ready, `loader` if None. Raises UsageError, BudgetError, CheckpointError or
-    OutputError. Does not return where the guard takes over.
+    OutputError. Does not return where the guard takes over, unless other tasks follow.
     """
     log.add_phase("start and import", 0.0)
     with open_engine(request.devices, log, guard) as engine:
-        late = CheckpointError("the checkpoint's files do not come from the hub in time: try again, what came is kept")
-        with guard.awaiting(late):
+        with guard.awaiting(HUB_IS_LATE):
             checkpoint = choose(request.model, cuda=engine.placement.kind == "cuda")
         say_what_is_made(request, checkpoint, engine, log)
         with open_spool(request, checkpoint, log) as spool:
@@ -77,6 +77,7 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
                     "ipc": extent.ipc,
                     "rounds": extent.rounds,
                     "resumed_rounds": spool.before,
+                    "tasks": request.tasks,
                     **made,
                     **log.facts(),
                     **digests.facts(),
@@ -90,11 +91,15 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
             guard.serve(ending)
             try:
                 Generation(request.devices, engine, planner, queue, files, history, log).run(guard.stop)
-                # Whoever holds this lock writes the last file. If the guard does, it ends the process, and this waits.
+                # Whoever holds this lock writes the last file. If the guard does, this waits until the process ends or,
+                # where other tasks follow, until the guard is done.
                 guard.last_file_lock.acquire()
-                ending.conclude()
+                if not ending.complete:
+                    ending.conclude()
             finally:
                 files.abandon()
+            assert file_plan.in_place
+            return file_plan.in_place
 
 
 @contextmanager
@@ -140,9 +145,7 @@ def open_spool(request: JobRequest, checkpoint: Checkpoint, log: Log) -> Iterato
         if not locked:
             log.warn(f"{request.output} is on a disk without locks: see that no other job writes there")
         try:
-            for file in map(request.dataset.with_suffix, (".pt", ".json", ".png", ".html")):
-                if file.is_dir():
-                    raise OutputError(f"{file} is a folder: rename it, or choose another --output")
+            check_place(request)
             if request.dataset.exists():
                 log.say(f"{request.dataset} is there already, and is replaced once a round is done")
             if leftovers := remove_unfinished(request.output, task.name):

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 # Before the deadline, by so many seconds and so much of the budget, the process has to go, whatever it is doing: one
@@ -57,6 +57,30 @@ class Budget:
     def late(self) -> bool:
         """Whether the process has to go now."""
         return self.usable <= self.exit_reserve
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """The time of tasks that are done one after the other from `start` on, a reading of the monotonic clock: so many
+    `seconds` for each or, where they are `shared`, for all."""
+
+    seconds: float
+    start: float
+    shared: bool = False
+
+    def turn(self, classes: Sequence[int], began: float) -> tuple[Budget, Budget]:
+        """The budget of the first of the tasks to come, whose turn `began` then, and that of all of them, the same
+        object for the last one. They have so many `classes`.
+
+        Shared time is split by these: an image of each task costs the same, on a canvas that is the checkpoint's. What
+        a task has left is part of what is split at the next turn.
+        """
+        if self.shared:
+            left = self.start + self.seconds - began
+            budget, end = Budget(left * classes[0] / sum(classes), began), Budget(left, began)
+        else:
+            budget, end = Budget(self.seconds, began), Budget(self.seconds * len(classes), began)
+        return budget, end if len(classes) > 1 else budget
 
 
 def start_budget(seconds: float, *epochs: float | None) -> Budget:

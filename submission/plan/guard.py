@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn, Protocol, Self
 
-from submission.errors import BankoError, BudgetError
+from submission.errors import BankoError, BudgetError, CheckpointError
 from submission.plan.budget import Budget
 
 # Seconds between two looks at the clock.
@@ -26,6 +26,9 @@ LAST_WORDS_PATIENCE = 0.15
 # Those that tell a job to stop. Clusters send SIGUSR1 or SIGUSR2 where they are asked to (Slurm: --signal) and SIGXCPU
 # near a limit, a terminal that is lost SIGHUP.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
+
+# Why the deadline comes, where a checkpoint is still being fetched.
+HUB_IS_LATE = CheckpointError("the checkpoint's files do not come from the hub in time: try again, what came is kept")
 
 
 class Duties(Protocol):
@@ -48,21 +51,52 @@ class Duties(Protocol):
     def last_words(self) -> None: ...
 
 
-class Guard:
-    """A context in which a signal (`SIGNALS`) sets `stop`, a second one ends the process, and so does the deadline.
+class Leaving(Protocol):
+    """What else is to be done where the guard ends the process, and the job at hand with that exit code.
 
-    Whoever acquires `last_file_lock` writes the last file: the main thread as a rule, and the guard in its stead where
-    it does not come in time.
+    `exit_code` answers at once, with that of the process. `last_lines` closes the log: a live display would leave the
+    terminal as it is.
     """
 
-    def __init__(self, budget: Budget, close_log: Callable[[], None] = lambda: None) -> None:
+    def exit_code(self, code: int) -> int: ...
+
+    def last_lines(self, code: int) -> None: ...
+
+
+@contextmanager
+def hearing() -> Iterator[threading.Event]:
+    """A context in which signals (`SIGNALS`) end nothing by themselves: each sets the event. What else comes of them is
+    up to the guard of the job that they reach; between two jobs there is none, and whoever begins jobs asks the event.
+    """
+    told = threading.Event()
+    # Under nohup SIGHUP is ignored, and stays so.
+    heard = [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: told.set()) for number in heard}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Guard:
+    """A context, inside `hearing`, in which a signal sets `stop`, a second one ends the process, and so does the `end`.
+
+    Whoever acquires `last_file_lock` writes the last file: the main thread as a rule, and the guard in its stead where
+    it does not come in time for the deadline of the `budget`. The guard then ends the process; but if other jobs are
+    to follow, it waits until the `end` for the main thread to come back.
+    """
+
+    def __init__(self, budget: Budget, end: Budget, leaving: Leaving) -> None:
+        """`end` is the budget of all jobs from this one on, the same object as `budget` for the last one."""
         self.stop = threading.Event()
         self.last_file_lock = threading.Lock()
         self._duties: Duties | None = None
         self._before_exit: Callable[[], None] = lambda: None
-        self._budget, self._close_log = budget, close_log
+        self._budget, self._end, self._leaving = budget, end, leaving
         self._stopped_by: signal.Signals | None = None
         self._awaited: BankoError | None = None
+        self._took_over = False
 
     def serve(self, duties: Duties) -> None:
         """From now on the job has something to end."""
@@ -76,10 +110,7 @@ class Guard:
         self._wake, wake = socket.socketpair()
         wake.setblocking(False)
         self._wake_end = wake
-        # The handlers themselves do nothing: what counts is the byte that Python writes for each signal.
-        # Under nohup SIGHUP is ignored, and stays so.
-        heard = [one for one in SIGNALS if one != signal.SIGHUP or signal.getsignal(one) != signal.SIG_IGN]
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in heard}
+        # What counts here is the byte that Python writes for each signal.
         self._wakeup = signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="guard", daemon=True)
         self._thread.start()
@@ -87,8 +118,6 @@ class Guard:
 
     def __exit__(self, *_: object) -> None:
         signal.set_wakeup_fd(self._wakeup)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
         self._wake_end.close()  # ends the thread
         self._thread.join()
         self._wake.close()
@@ -114,12 +143,13 @@ class Guard:
                         self._exit(128 + number)
                     self._stopped_by, told_at = signal.Signals(number), self._budget.elapsed
                     self._budget.hurry()
+                    self._end.hurry()
                     self.stop.set()
                     if self._duties:
                         _start(self._duties.stopped_by, self._stopped_by)
             duties = self._duties
             if duties is None:
-                if self._budget.late():
+                if self._end.late():
                     over = BudgetError(
                         f"a budget of {self._budget.seconds:g} s is over before the model is loaded: give a longer one"
                     )
@@ -129,18 +159,28 @@ class Guard:
                     print("error: stopped before the first round was done: nothing is written", file=sys.stderr)
                     self._exit(BudgetError.exit_code)
                 continue
-            if self._budget.late():
+            if self._end.late():
                 _start(duties.last_words).join(LAST_WORDS_PATIENCE)
                 self._exit(duties.exit_code())
             ignored = self._stopped_by is not None and self._budget.elapsed - told_at > PATIENCE
-            if (ignored or duties.overdue()) and self.last_file_lock.acquire(blocking=False):
-                # Ends the process at once: taking torch and its libraries apart in order takes seconds.
-                _start(lambda duties: self._exit(duties.take_over()), duties)
+            if self._took_over:
+                if ignored:
+                    self._exit(duties.exit_code())
+            elif (ignored or duties.overdue()) and self.last_file_lock.acquire(blocking=False):
+                _start(self._take_over, duties)
+
+    def _take_over(self, duties: Duties) -> None:
+        code = duties.take_over()
+        if code or self._stopped_by or self._end is self._budget:
+            # At once: taking torch and its libraries apart in order takes seconds.
+            self._exit(code)
+        self._took_over = True
+        self.last_file_lock.release()
 
     def _exit(self, code: int) -> NoReturn:
         self._before_exit()
-        _start(self._close_log).join(LAST_WORDS_PATIENCE)  # a live display would leave the terminal as it is
-        os._exit(code)
+        _start(self._leaving.last_lines, code).join(LAST_WORDS_PATIENCE)
+        os._exit(self._leaving.exit_code(code))
 
 
 def _start(work: Callable[..., None], *arguments: object) -> threading.Thread:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from submission.tasks import load_task
 from tests import forked, stub_device
+from tests.conftest import TINY_TASK
 from tests.paths import ROOT
 from tools.scoring.findings import audit
 
@@ -128,6 +130,24 @@ def test_two_devices_make_the_file_that_one_makes(tmp_path: Path) -> None:
     assert "start Ray" in manifest["phases_seconds"] and "ray" in manifest["versions"]
     names = {path.name for path in (tmp_path / "2").iterdir()}
     assert names == {f"cifar100.{kind}" for kind in ("html", "json", "png", "pt")}
+
+
+def test_every_task_of_a_run_has_all_devices(tmp_path: Path) -> None:
+    """Ray is started anew for the second, and nothing of either is left."""
+    output, other = tmp_path / "out", tmp_path / "tiny.toml"
+    other.write_text(TINY_TASK.replace("size = 16", "size = 32"))  # as large as what the stubs make
+    options, tasks = ("--devices", "cpu:2", "--max-ipc", "6", *AT_ONCE), ("cifar100", str(other))
+    seen: list[psutil.Process] = []
+    with tempfile.TemporaryDirectory() as temporary:  # whose path is short enough for Ray's sockets
+        process = forked.start(output, *options, tasks=tasks, device=forked.stubs, environment={"TMPDIR": temporary})
+        while process.is_alive():
+            seen += [child for child in below(process.pid) if child not in seen]
+            process.join(0.1)
+        assert process.exitcode == 0, said(output)
+        assert not alive(seen) and not list(Path(temporary).iterdir())
+    check(output)
+    devices = json.loads((output / "tiny.json").read_text())["devices"]
+    assert len(devices) == 2 and sum(device["images"] for device in devices) == 18
 
 
 def test_a_killed_and_a_stopped_device_cost_what_they_had_in_hand(tmp_path: Path) -> None:
@@ -258,6 +278,15 @@ def test_nodes_come_and_go(nodes: Nodes, tmp_path: Path) -> None:
     assert sum("in hand go to others" in warning for warning in manifest["warnings"]) == 1
     made = sum(device["images"] for device in manifest["devices"])
     assert 100 * (manifest["rounds"] + 1) > made - 2 * 3 * BATCH, "no more than what was in hand is lost"
+
+
+def test_every_task_of_a_run_has_the_cluster(nodes: Nodes, tmp_path: Path) -> None:
+    output, other = tmp_path / "out", tmp_path / "tiny.toml"
+    other.write_text(TINY_TASK.replace("size = 16", "size = 32"))
+    options, tasks = ("--max-ipc", "3", *AT_ONCE, *on_cluster(nodes, 2)), ("cifar100", str(other))
+    assert end(forked.start(output, *options, tasks=tasks, device=forked.stubs)) == 0, said(output)
+    check(output)
+    assert json.loads((output / "tiny.json").read_text())["rounds"] == 3
 
 
 def test_a_checkpoint_that_no_node_sees_is_said_with_the_node(nodes: Nodes, tmp_path: Path) -> None:
