@@ -134,7 +134,12 @@ def build_parser() -> Parser:
         help="join a Ray cluster, HOST:PORT or auto, and use its GPUs, or so many --devices (default: none)",
     )
     add_device(parser)
-    add("--resume", action="store_true", help="go on from the rounds that an interrupted run left in the output folder")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the rounds that an interrupted run left in the output folder; of several tasks, one that is "
+        "complete is left as it is",
+    )
     add("--log", choices=("plain", "rich", "json"), help="how to tell (default: rich on a terminal, else plain)")
     add("--debug", action="store_true", help="show tracebacks")
     return parser

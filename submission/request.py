@@ -57,9 +57,10 @@ class JobRequest:
     def spool(self) -> Path:
         return self.output / f".{self.image.task.name}.spool"
 
-    def facts(self, checkpoint: Checkpoint) -> dict[str, object]:
-        """For the manifest."""
-        image, sampling = self.image, checkpoint.sampling
+    @property
+    def wishes(self) -> dict[str, object]:
+        """What was asked for, for the manifest, as far as no checkpoint has a say in it."""
+        image = self.image
         return {
             "task": image.task.name,
             "model": self.model.name,
@@ -68,15 +69,22 @@ class JobRequest:
             "max_ipc": self.cap,
             "copies_per_image": self.composition.copies,
             "pda": self.pda,
-            "prompts": image.style(checkpoint),
+            "seed": image.seed,
+            "dtype": self.dtype,
+        }
+
+    def facts(self, checkpoint: Checkpoint) -> dict[str, object]:
+        """What was asked for, and what the checkpoint makes of it, for the manifest."""
+        sampling = checkpoint.sampling
+        return {
+            **self.wishes,
+            "prompts": self.image.style(checkpoint),
             "sampling": {
                 "scheduler": sampling.scheduler or checkpoint.configs["scheduler"].get("_class_name"),
                 "steps": sampling.count,
                 "timesteps": list(sampling.timesteps),
                 "guidance": list(sampling.guidance),
             },
-            "seed": image.seed,
-            "dtype": self.dtype,
         }
 
     def file_spec(self, extent: Extent) -> FileSpec:

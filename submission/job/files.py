@@ -40,8 +40,8 @@ def composition_that_fits(request: JobRequest, spool: Spool, log: Log) -> Compos
 
 
 def check_place(request: JobRequest) -> None:
-    """Raises OutputError where something stands in the place of a file."""
-    for file in map(request.dataset.with_suffix, (".pt", ".json", ".png", ".html")):
+    """Raises OutputError where a folder stands in the place of a file; the report is worth no job."""
+    for file in map(request.dataset.with_suffix, (".pt", ".json", ".png")):
         if file.is_dir():
             raise OutputError(f"{file} is a folder: rename it, or choose another --output")
 

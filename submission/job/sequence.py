@@ -85,10 +85,8 @@ def run_in_turn(
                 with importing():
                     requests = ask(log)
                 if len(requests) > 1:
-                    from submission.job.checks import check_all  # noqa: PLC0415  # slow to import
-
                     with guard.awaiting(HUB_IS_LATE):
-                        check_all(requests)
+                        requests = _look_ahead(requests, outcomes)
             for index, request in enumerate(requests):
                 if index:
                     if told.is_set():
@@ -105,6 +103,23 @@ def run_in_turn(
             outcomes.log.close()
         outcomes.last_lines()
     return outcomes.exit_code()
+
+
+def _look_ahead(requests: Sequence["JobRequest"], outcomes: Outcomes) -> Sequence["JobRequest"]:
+    """Those that are to be made. Raises UsageError, CheckpointError and OutputError for what can be known of them."""
+    from submission.job.checks import check_all, checkpoint_of_all, made_before  # noqa: PLC0415  # slow to import
+
+    to_make, checkpoint = [], checkpoint_of_all(requests)
+    for request in requests:
+        ipc = made_before(request, checkpoint) if request.resume else None
+        if ipc is None:
+            to_make.append(request)
+        else:
+            line = f"{request.dataset}, IPC {ipc}, complete before this run and left as it is"
+            outcomes.ended(request.image.task, 0, line)
+    if to_make:
+        check_all(to_make, checkpoint)
+    return to_make
 
 
 def _take_turn(

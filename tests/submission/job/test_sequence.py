@@ -152,6 +152,34 @@ def test_told_to_stop_between_two_tasks_the_second_is_not_begun(
     assert not list(output.glob("*tiny*"))
 
 
+def test_killed_in_the_second_task_the_first_stays_and_the_second_is_resumed(
+    tmp_path: Path, tasks: tuple[str, str]
+) -> None:
+    output = tmp_path / "out"
+    process = start_second(output, tasks)
+    before = contents(output, "cifar100")
+    tell(process, signal.SIGKILL)
+    assert end(process) == -signal.SIGKILL
+    assert check(output, tasks[1])["rounds"] >= 1
+    options = (*FEW, "--resume", "--total", "60s")
+    assert end(forked.start(output, *options, tasks=tasks)) == 0, said(output)
+    assert contents(output, "cifar100") == before, "the whole file is left as it is"
+    manifest = check(output, tasks[1])
+    assert manifest["resumed_rounds"] >= 1 and manifest["rounds"] == 4
+    assert manifest["budget_seconds"] == 60, "none of the time is for what is there"
+    first, second = said(output).splitlines()[-2:]
+    assert "IPC 4, complete before this run" in first and "tiny.pt, IPC 4, " in second
+
+
+def test_a_file_that_was_asked_for_otherwise_is_made_anew(tmp_path: Path, tasks: tuple[str, str]) -> None:
+    output, options = tmp_path / "out", ("--max-ipc", "2", "--batch-size", "100")
+    assert end(forked.start(output, *options, tasks=tasks)) == 0
+    assert end(forked.start(output, *options, "--resume", "--seed", "1", tasks=tasks)) == 0
+    assert [check(output, task)["seed"] for task in tasks] == [1, 1]
+    assert end(forked.start(output, *options, "--resume", "--seed", "1", tasks=tasks)) == 0
+    assert said(output).count("complete before this run") == 2
+
+
 def test_a_task_that_fails_keeps_no_other_from_being_made(tmp_path: Path, tasks: tuple[str, str]) -> None:
     output, options = tmp_path / "out", ("--max-ipc", "2", "--batch-size", "100")
     process = forked.start(output, *options, tasks=tasks, device=forked.no_model_for_the_first)
