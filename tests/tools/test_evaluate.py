@@ -207,6 +207,7 @@ def test_score_is_the_mean_of_the_tasks(folders: list[str], tmp_path: Path) -> N
     found = results(tmp_path)
     tasks = found["tasks"]
     assert found["score"] == pytest.approx((tasks["tiny"]["accuracy_mean"] + tasks["other"]["accuracy_mean"]) / 2)
+    assert (tmp_path / "out" / "scores.txt").read_text() == f"correct: {found['score']}"
 
 
 def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,16 @@ def write(script: Path, *lines: str) -> None:
     script.chmod(0o755)
 
 
-def run(script: Path, capsys: pytest.CaptureFixture[str], limit: str = "20") -> tuple[int, str]:
+def run(
+    script: Path,
+    capsys: pytest.CaptureFixture[str],
+    *options: str,
+    limit: str = "20",
+    tasks: Sequence[str] = ("tiny",),
+) -> tuple[int, str]:
     folder = script.parent
-    arguments = [str(folder / "tiny.toml"), "--limit", limit, "--output", str(folder / "out"), "--seed", "3"]
+    names = [str(folder / f"{task}.toml") for task in tasks]
+    arguments = [*names, "--limit", limit, "--output", str(folder / "out"), "--seed", "3", *options]
     code = rehearse.main(arguments)
     return code, capsys.readouterr().out
 
@@ -92,3 +100,53 @@ def test_what_is_wrong_is_a_fault(
     write(job, *lines)
     code, out = run(job, capsys)
     assert code == 6 and words in out and "fail: tiny" in out
+
+
+OTHER = ("cp good.pt out/other.pt", """echo '{"ipc": 2, "rounds": 2, "warnings": []}' > out/other.json""")
+BOTH = ("tiny", "other")
+
+
+@pytest.fixture
+def job_of_two(job: Path) -> Path:
+    (job.parent / "other.toml").write_text(TINY_TASK.replace('"tiny"', '"other"'))
+    return job
+
+
+def test_several_tasks_share_the_limit_and_all_files_are_judged(
+    job_of_two: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(job_of_two, *GOOD, *OTHER, 'echo "$@" > arguments')
+    code, out = run(job_of_two, capsys, tasks=BOTH)
+    assert code == 0 and "pass: tiny, IPC 2 (1 rounds)" in out and "pass: other, IPC 2 (2 rounds)" in out
+    arguments = (job_of_two.parent / "arguments").read_text()
+    assert "--total 20s" in arguments and "--budget" not in arguments and "tiny.toml" in arguments.split()[0]
+
+
+@pytest.mark.parametrize(
+    ("lines", "passes"),
+    [
+        ((*GOOD, "exit 3"), {"tiny"}),
+        ((*GOOD, *OTHER, "exit 3"), set()),
+        ((*GOOD, *OTHER, "sleep 100"), set()),
+        ((*OTHER, "cp flat.pt out/tiny.pt", "cp out/other.json out/tiny.json"), {"other"}),
+    ],
+    ids=["one is missing", "a code without a reason", "killed", "one is bad"],
+)
+def test_one_bad_file_of_several_is_a_failure(
+    job_of_two: Path, capsys: pytest.CaptureFixture[str], lines: tuple[str, ...], passes: set[str]
+) -> None:
+    torch.save(torch.zeros(6, 3, 16, 16), job_of_two.parent / "flat.pt")
+    write(job_of_two, *lines)
+    code, out = run(job_of_two, capsys, tasks=BOTH, limit="2")
+    assert code == 6
+    assert {name for name in BOTH if f"pass: {name}" in out} == passes
+    assert {name for name in BOTH if f"fail: {name}" in out} == set(BOTH) - passes
+
+
+def test_a_job_that_is_resumed_may_leave_a_file_as_it_is(job_of_two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(job_of_two, *GOOD)
+    assert run(job_of_two, capsys)[0] == 0
+    write(job_of_two, *OTHER)
+    assert run(job_of_two, capsys, tasks=BOTH)[0] == 6
+    code, out = run(job_of_two, capsys, "--resume", tasks=BOTH)
+    assert code == 0 and "pass: tiny" in out and "pass: other" in out
