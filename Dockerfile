@@ -1,5 +1,5 @@
 # docker build -t banko-submit .
-# docker run --gpus all -v "$PWD/outputs:/outputs" banko-submit cifar100
+# docker run --gpus all -v "$PWD/outputs:/outputs" banko-submit
 #
 # The last target, `gpu`, is the default and holds SDXL-Turbo; `cpu` is small and generates with the embedded stand-in.
 # The base is any Debian with Python 3.11 or newer and its venv module.
@@ -20,11 +20,12 @@ RUN sed -i "s|^torch==.*|${TORCH:-&}|" /app/requirements.txt \
 RUN useradd --uid 10001 --create-home banko && install -d -o banko -g banko /outputs
 ENV PATH=/opt/banko/bin:$PATH \
     BANKO_PYTHON=python3 \
+    BANKO_CONTAINER=1 \
     PYTHONUNBUFFERED=1
 # The default --output, outputs/, is /outputs from here.
 WORKDIR /
 ENTRYPOINT ["/app/run.sh"]
-CMD ["--help"]
+CMD ["cifar100", "tinyimagenet"]
 
 FROM base AS cpu
 ENV BANKO_MODEL=embedded

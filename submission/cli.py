@@ -68,9 +68,10 @@ def build_parser() -> Parser:
     time_limit = parser.add_mutually_exclusive_group()
     time_limit.add_argument(
         "--budget",
-        default="10m",
+        default=os.environ.get("BANKO_BUDGET", "10m"),
         metavar="TIME",
-        help="for each task: 600 (seconds), 90s or 10m, from process start to exit, for later tasks from their turn on",
+        help="for each task: 600 (seconds), 90s or 10m, from process start to exit, for later tasks from their turn on "
+        "(default: $BANKO_BUDGET, else 10m)",
     )
     time_limit.add_argument(
         "--total", metavar="TIME", help="for all tasks together, split by their classes (default: each has its budget)"

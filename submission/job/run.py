@@ -22,7 +22,7 @@ from submission.job.generate import Generation
 from submission.job.history import History
 from submission.log import Log
 from submission.machine.device import choose_devices, unseen_gpu
-from submission.machine.disk import claimed, offer_temporary, remove_unfinished
+from submission.machine.disk import claimed, goes_with_the_container, offer_temporary, remove_unfinished
 from submission.machine.memory import peak_memory
 from submission.model.checkpoint import EMBEDDED, Checkpoint, fingerprint
 from submission.model.choice import choose
@@ -145,6 +145,12 @@ def open_spool(request: JobRequest, checkpoint: Checkpoint, log: Log) -> Iterato
         if not locked:
             log.warn(f"{request.output} is on a disk without locks: see that no other job writes there")
         try:
+            if goes_with_the_container(request.output):
+                place = request.output.absolute()
+                log.warn(
+                    f'nothing is mounted at {place}, and the files go with the container: docker run -v "$PWD/outputs:'
+                    f'{place}" keeps them'
+                )
             check_place(request)
             if request.dataset.exists():
                 log.say(f"{request.dataset} is there already, and is replaced once a round is done")

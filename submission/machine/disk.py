@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -17,6 +18,10 @@ from submission.errors import OutputError, cannot_write
 LOCK = ".job.lock"
 # What file systems say that know no locks, as those of clusters may.
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+# The Dockerfile sets this variable of the environment.
+CONTAINER = "BANKO_CONTAINER"
+# What is mounted where, as this process sees it (proc(5)).
+MOUNTS = Path("/proc/self/mountinfo")
 
 
 @contextmanager
@@ -42,7 +47,7 @@ def claimed(folder: Path) -> Iterator[bool]:
         raise OutputError(f"another job is writing to {folder}: wait for it, or choose another --output") from error
     except OSError as error:
         if descriptor is None or error.errno not in NO_LOCKS:
-            raise OutputError(f"cannot write to {folder} ({error.strerror}): choose another --output") from error
+            raise OutputError(f"cannot write to {folder} ({error.strerror}){_advice(error)}") from error
         locked = False
     try:
         yield locked
@@ -50,6 +55,28 @@ def claimed(folder: Path) -> Iterator[bool]:
         if _is_at(path, descriptor):
             release(folder)
         os.close(descriptor)
+
+
+def _advice(error: OSError) -> str:
+    """What to do where a folder cannot be written to."""
+    if CONTAINER not in os.environ or error.errno != errno.EACCES:
+        return ": choose another --output"
+    user = os.getuid()
+    return (
+        f' as user {user}: run the image with --user "$(id -u):$(id -g)", or give that user the folder that is mounted '
+        f"there (chown {user})"
+    )
+
+
+def goes_with_the_container(folder: Path) -> bool:
+    """Whether what is written there is lost with the container that this process runs in, since nothing is mounted."""
+    if CONTAINER not in os.environ:
+        return False
+    points = [line.split()[4] for line in MOUNTS.read_text(errors="surrogateescape").splitlines()]
+    # Spaces and the like stand there as octal escapes.
+    mounted = {re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), point) for point in points}
+    place = folder.resolve()
+    return not any(str(above) in mounted for above in (place, *place.parents[:-1]))
 
 
 def offer_temporary(folder: Path) -> None:

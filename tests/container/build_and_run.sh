@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds the Dockerfile's CPU target on a bare Debian root, without a container engine and without network, and runs it
-# twice as its own user with the network cut: to the end, and told to stop in the middle.
+# as its own user with the network cut: without arguments to the end, told to stop in the middle, and with a folder for
+# the outputs that is not mounted, or not writable.
 #
 #     tests/container/build_and_run.sh [WORK]
 #
@@ -65,39 +66,48 @@ user=$(config '{{.OCIv1.Config.User}}')
 folder=$(config '{{.OCIv1.Config.WorkingDir}}')
 mapfile -t environment < <(config '{{range .OCIv1.Config.Env}}{{println .}}{{end}}')
 mapfile -t entrypoint < <(config '{{range .OCIv1.Config.Entrypoint}}{{println .}}{{end}}')
+mapfile -t default < <(config '{{range .OCIv1.Config.Cmd}}{{println .}}{{end}}')
 [[ ${user%%:*} != 0 ]]
 
-# What an engine does with --network none and -v OUTPUTS:/outputs: the image's entry point with these arguments, as
-# process 1 of its own, with the image's user, environment and working folder. Process 1 gets no signal that it does
-# not ask for.
+# What an engine does with --network none, -v OUTPUTS:/outputs unless that is empty, and -e SETTINGS: the image's entry
+# point with these arguments, or its default ones, as process 1 of its own, with the image's user, environment and
+# working folder. Process 1 gets no signal that it does not ask for.
+settings=()
 start() {
     local outputs=$1
     shift
-    install -d -o "${user%%:*}" -g "${user##*:}" "$outputs"
+    (($#)) || set -- "${default[@]}"
     # shellcheck disable=SC2016
     exec unshare --net --pid --mount --fork --kill-child bash -euc '
         root=$1 outputs=$2 user=$3 folder=$4
         shift 4
-        mount --bind "$outputs" "$root/outputs"
+        [[ -z $outputs ]] || mount --bind "$outputs" "$root/outputs"
         mount --rbind /dev "$root/dev"
         mount -t proc proc "$root/proc"
         exec chroot --userspec="$user" "$root" /usr/bin/env --ignore-environment --chdir="$folder" "$@"
-    ' - "$root" "$outputs" "$user" "$folder" "${environment[@]}" "${entrypoint[@]}" "$@"
+    ' - "$root" "$outputs" "$user" "$folder" "${environment[@]}" "${settings[@]}" "${entrypoint[@]}" "$@"
 }
 
-check() {
-    "$project/run.sh" audit "$1/cifar100.pt"
-    [[ $(stat -c %u "$1/cifar100.pt") == "${user%%:*}" ]]
-    grep -q '"source": "BANKO_MODEL=embedded"' "$1/cifar100.json"
+check() { # FOLDER TASK
+    "$project/run.sh" audit "$1/$2.pt"
+    [[ $(stat -c %u "$1/$2.pt") == "${user%%:*}" ]]
+    grep -q '"source": "BANKO_MODEL=embedded"' "$1/$2.json"
 }
 
-rm -rf "$work/outputs" "$work/stopped"
-say "cifar100 --budget 90s, to the end"
+rm -rf "$work/outputs" "$work/stopped" "$work/closed"
+install -d -o "${user%%:*}" -g "${user##*:}" "$work/outputs" "$work/stopped"
+install -d "$work/closed"
+
+say "no arguments, BANKO_BUDGET=90s, to the end"
 began=$SECONDS
-(start "$work/outputs" cifar100 --budget 90s)
+settings=(BANKO_BUDGET=90s)
+(start "$work/outputs")
+settings=()
 say "ended after $((SECONDS - began)) s"
-((SECONDS - began <= 90))
-check "$work/outputs"
+((SECONDS - began <= 180))
+check "$work/outputs" cifar100
+check "$work/outputs" tinyimagenet
+[[ $(grep -c 'nothing is mounted' "$work/outputs/cifar100.json") == 0 ]]
 
 say "cifar100 --budget 90s, told to stop"
 (start "$work/stopped" cifar100 --budget 90s --max-ipc 100000) &
@@ -112,5 +122,15 @@ kill -TERM "$(pgrep --parent "$engine")"
 wait "$engine"
 say "ended $((SECONDS - began)) s after SIGTERM"
 ((SECONDS - began <= 10))
-check "$work/stopped"
+check "$work/stopped" cifar100
 grep -q 'told to stop (SIGTERM)' "$work/stopped/cifar100.json"
+
+say "outputs that are not mounted"
+(start "" cifar100 --budget 90s --max-ipc 1) | grep 'nothing is mounted at /outputs'
+
+say "outputs that are not writable"
+code=0
+(start "$work/closed" cifar100 --budget 90s) 2>"$work/refused" || code=$?
+cat "$work/refused"
+((code == 5))
+grep -q "as user ${user%%:*}: run the image with --user" "$work/refused"

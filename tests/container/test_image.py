@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).with_name("build_and_run.sh")
 
 @pytest.mark.long
 @pytest.mark.timeout(3600)
-def test_the_image_makes_a_good_file_and_finishes_it_when_told_to_stop() -> None:
+def test_the_image_makes_good_files_and_finishes_one_when_told_to_stop() -> None:
     process = subprocess.run(
         [SCRIPT], env=os.environ | {"BANKO_PYTHON": sys.executable}, stderr=subprocess.PIPE, text=True, check=False
     )

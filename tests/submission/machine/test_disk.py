@@ -1,12 +1,57 @@
-"""The folder where libraries keep their temporary files."""
+"""The folder a job writes to, and the one where libraries keep their temporary files."""
 
+import json
 import os
 import tempfile
 from pathlib import Path
 
 import pytest
 
+from submission import cli
 from submission.machine import disk
+
+ROOT_MOUNT = "22 1 0:20 / / rw - overlay overlay rw"
+
+
+@pytest.fixture
+def mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the kernel says is mounted, for a process in a container."""
+    monkeypatch.setenv("BANKO_CONTAINER", "1")
+    monkeypatch.setattr(disk, "MOUNTS", tmp_path / "mountinfo")
+    return tmp_path / "mountinfo"
+
+
+@pytest.mark.parametrize(
+    ("mounted", "folder", "goes"),
+    [
+        ("/outputs", "/outputs", False),
+        ("/outputs", "/outputs/of/today", False),
+        ("/outputs", "/outputs2", True),
+        ("/outputs", "/outputs/../elsewhere", True),
+        (r"/my\040outputs", "/my outputs", False),
+        ("/proc", "/outputs", True),
+    ],
+)
+def test_files_go_with_the_container_where_nothing_is_mounted(
+    mounts: Path, mounted: str, folder: str, *, goes: bool
+) -> None:
+    mounts.write_text(f"{ROOT_MOUNT}\n23 22 8:1 /home/me/outputs {mounted} rw - ext4 /dev/sda1 rw\n")
+    assert disk.goes_with_the_container(Path(folder)) == goes
+
+
+def test_outside_a_container_nothing_goes(mounts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BANKO_CONTAINER")
+    assert not disk.goes_with_the_container(Path("/outputs"))
+
+
+def test_a_job_says_that_its_files_go_with_the_container(
+    mounts: Path, checkpoint_folder: Path, task_file: Path, tmp_path: Path
+) -> None:
+    mounts.write_text(f"{ROOT_MOUNT}\n")
+    options = ["--model", str(checkpoint_folder), "--max-ipc", "1", "--output", str(tmp_path / "out")]
+    assert cli.main([str(task_file), *options]) == 0
+    (warning,) = json.loads((tmp_path / "out/tiny.json").read_text())["warnings"]
+    assert f'docker run -v "$PWD/outputs:{tmp_path}/out" keeps them' in warning
 
 
 def test_a_temporary_folder_that_was_a_task_s_own_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
