@@ -46,6 +46,8 @@ NOT_HERE = {
     "--devices 4": "needs GPUs",
     "fetch-weights": "needs the hub",
     "models/sdxl-turbo": "needs SDXL-Turbo",
+    "--model sd-turbo": "needs SD-Turbo",
+    "my-model.toml": "is a recipe of the reader's",
     "--size full": "writes 7 GB",
     "models/random": "needs 7 GB of weights",
     "train-embedded": "takes hours",

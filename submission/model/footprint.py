@@ -23,13 +23,15 @@ def room_for_projections(
 ) -> bool:
     """Whether the memory of the device has room for all prompts' projections. On a CPU, says how much memory this
     process takes at most, and whether that is there, where `sharing` processes share the machine's."""
-    prompts = sum(map(len, image.prompt_rows(checkpoint))) + checkpoint.sampling.guided
+    phrasings = image.prompt_rows(checkpoint)
+    prompts = sum(map(len, phrasings)) + checkpoint.sampling.guided
     projections = prompts * checkpoint.projected_size * dtype.itemsize
     if device.type == "cuda":
         return projections <= PROJECTIONS_SHARE * torch.cuda.mem_get_info(device)[0]
     free = memory_free() // sharing
     fit = projections <= PROJECTIONS_SHARE * free
-    needed = memory_needed(checkpoint, image.task, prompts, dtype.itemsize, torch.get_num_threads())
+    waiting = len(phrasings) > 1 and not fit  # as `load_generator` has it
+    needed = memory_needed(checkpoint, image.task, prompts, dtype.itemsize, torch.get_num_threads(), waiting=waiting)
     needed += projections if fit else 0
     each = f" on each of {sharing} devices" if sharing > 1 else ""
     said = f"memory: at most {needed / 1e9:.2f} GB{each}, where {free / 1e9:.2f} GB are free"
@@ -40,12 +42,15 @@ def room_for_projections(
     return fit
 
 
-def memory_needed(checkpoint: Checkpoint, task: Task, prompts: int, itemsize: int, writers: int) -> int:
+def memory_needed(
+    checkpoint: Checkpoint, task: Task, prompts: int, itemsize: int, writers: int, *, waiting: bool = False
+) -> int:
     """Bytes of memory that a job on a CPU takes at most beside the projections of its prompts, with so many prompts,
     `itemsize` bytes per number in the model and so many threads that write the file. It does not grow with the images
-    per class: rounds lie on disk."""
-    # The text encoders are let go one after the other, before the rest is loaded.
-    together = [[encoder] for encoder in checkpoint.text_encoders] + [["unet", "vae"]]
+    per class: rounds lie on disk. Unless prompts are `waiting`, the text encoders are let go before the rest is
+    loaded."""
+    texts, networks = checkpoint.text_encoders, ["unet", "vae"]
+    together = [[*texts, *networks]] if waiting else [texts, networks]
     loaded = max(_weights(checkpoint, components, itemsize) for components in together)
     embeddings = 2 * prompts * checkpoint.prompt_size * itemsize  # in parts, and then in one piece
     one_round = len(task.classes) * 3 * task.size**2

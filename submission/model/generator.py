@@ -25,8 +25,9 @@ from submission.tasks import Task
 class Generator:
     """Makes image i, of class `i % classes` in round `i // classes`, whatever batch it is asked for in.
 
-    `prompt_of` [phrasings, classes] indexes `conditioning`; round r takes phrasing `r % phrasings`. Images that came
-    out broken and were made again in higher precision are counted in `regenerated`.
+    `prompt_of` [phrasings, classes] indexes `conditioning`; round r takes phrasing `r % phrasings`. Where there are
+    prompts `waiting`, they are encoded when an image needs them. Images that came out broken and were made again in
+    higher precision are counted in `regenerated`.
     """
 
     image: ImageSpec
@@ -35,6 +36,7 @@ class Generator:
     prompt_of: Tensor
     vae: Any
     decoder: Decoder
+    waiting: pipeline.WaitingPrompts | None = None
     regenerated: int = 0
 
     @property
@@ -71,6 +73,9 @@ class Generator:
         """Clean latents, float32 [n, 4, side, side], of the images of those numbers."""
         rounds, labels = np.divmod(numbers, len(self.task.classes))
         prompts = self.prompt_of[torch.from_numpy(rounds) % len(self.prompt_of), torch.from_numpy(labels)]
+        if self.waiting:
+            self.waiting.fill(self.conditioning, prompts.tolist())
+            self.waiting = self.waiting or None  # with the last one, the encoders are let go
         latents = self._sample(labels, rounds, prompts)
         finite = latents.flatten(1).isfinite().all(1)
         if not finite.all() and self.sampler.dtype != torch.float32:
@@ -81,7 +86,7 @@ class Generator:
 
     def _sample(self, labels: NDArray[np.int64], rounds: NDArray[np.int64], prompts: Tensor) -> Tensor:
         draws = draw(self.sampler, self.image.seed, labels.tolist(), rounds.tolist())
-        return sample(self.sampler, self.conditioning, prompts.to(self.sampler.device), draws)
+        return sample(self.sampler, self.conditioning, prompts, draws)
 
     def _count(self, sound: Tensor, remedy: str, log: Log) -> None:
         broken = int((~sound).sum())
@@ -101,7 +106,8 @@ def load_generator(
     """Encodes all prompts, lets the text encoders go, and loads UNet and VAE, which decodes until a rung is chosen.
 
     `dtype` is the networks'; None takes what is fastest here. `project_prompts` takes memory for speed
-    (`pipeline.project_prompts`). Raises UsageError or CheckpointError.
+    (`pipeline.project_prompts`). Without it, prompts in several phrasings wait until images need them, and so do the
+    encoders. Raises UsageError or CheckpointError.
     """
     resolution, size = image.canvas(checkpoint), image.task.size
     if resolution < size:
@@ -121,7 +127,11 @@ def load_generator(
     with log.phase("encode prompts"):
         if cut := pipeline.too_long(checkpoint, prompts):
             log.warn(f"{len(cut)} of {len(prompts)} prompts are longer than the model reads and are cut: {cut[0]!r}")
-        conditioning = pipeline.encode_prompts(checkpoint, prompts, device, dtype)
+        waiting = None
+        if project_prompts or len(phrasings) == 1:
+            conditioning = pipeline.encode_prompts(checkpoint, prompts, device, dtype)
+        else:
+            conditioning, waiting = pipeline.encode_later(checkpoint, prompts, device, dtype)
         return_freed()
     with log.phase("load UNet and VAE"):
         sampler = load_sampler(checkpoint, resolution, device, dtype)
@@ -129,13 +139,13 @@ def load_generator(
     if project_prompts:
         with log.phase("project prompts"):
             conditioning = pipeline.project_prompts(sampler.unet, conditioning)
-    encoded = "encoded and projected" if project_prompts else "encoded"
+    encoded = "encoded and projected" if project_prompts else "encoded" if waiting is None else "to be encoded in turn"
     log.say(
         f"{len(prompts)} prompts {encoded}; {resolution} px, {checkpoint.sampling}, UNet in {_name(dtype)}, "
         f"VAE in {_name(vae.dtype)}"
     )
     prompt_of = torch.tensor([[index_of[prompt] for prompt in row] for row in phrasings])
-    return Generator(image, sampler, conditioning, prompt_of, vae, full_decoder(vae, size))
+    return Generator(image, sampler, conditioning, prompt_of, vae, full_decoder(vae, size), waiting)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -53,46 +53,115 @@ def choose_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if seconds[torch.float32] > BF16_GAIN * seconds[torch.bfloat16] else torch.float32
 
 
-def encode_prompts(
-    checkpoint: Checkpoint, prompts: Sequence[str], device: torch.device, dtype: torch.dtype
-) -> Conditioning:
-    """Encodes every prompt once, and the negative prompt where sampling is guided. The encoders are let go on return.
+class TextEncoders:
+    """A checkpoint's tokenizers and text encoders on a device, in `dtype`. Raises CheckpointError."""
 
-    As SDXL does: the second-to-last hidden states of both text encoders side by side, and the projected text embedding
-    of the second. As Stable Diffusion 1 and 2 do: the last hidden state after its norm. Raises CheckpointError.
-    """
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: PLC0415  # slow
-    from transformers.utils import logging  # noqa: PLC0415
+    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: PLC0415  # slow
+        from transformers.utils import logging  # noqa: PLC0415
 
-    logging.disable_progress_bar()
-    sampling, sdxl = checkpoint.sampling, len(checkpoint.text_encoders) > 1
-    told = [*prompts, sampling.negative or ""] if sampling.guided else list(prompts)
-    hidden: list[Tensor] = []
-    pooled: list[Tensor] = []
-    for component in checkpoint.text_encoders:
-        second = component == "text_encoder_2"
-        tokenizer = _load_part(CLIPTokenizer, checkpoint.path, component.replace("text_encoder", "tokenizer"))
-        encoder = _load_model(
-            CLIPTextModelWithProjection if second else CLIPTextModel, checkpoint, component, device, dtype
-        )
-        tokens = tokenizer(
-            told, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).input_ids.to(device)
-        states: list[Tensor] = []
-        with torch.inference_mode():
+        logging.disable_progress_bar()
+        self._device, self._dtype, self._sampling = device, dtype, checkpoint.sampling
+        self._zeros = bool(checkpoint.configs["model_index"].get(ZEROS))
+        self._loaded = [
+            (
+                _load_part(CLIPTokenizer, checkpoint.path, component.replace("text_encoder", "tokenizer")),
+                _load_model(
+                    CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel,
+                    checkpoint,
+                    component,
+                    device,
+                    dtype,
+                ),
+            )
+            for component in checkpoint.text_encoders
+        ]
+
+    @torch.inference_mode()
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """As SDXL does: the second-to-last hidden states of both text encoders side by side, and the projected text
+        embedding of the second. As Stable Diffusion 1 and 2 do: the last hidden state after its norm."""
+        hidden: list[list[Tensor]] = []
+        pooled: list[Tensor] = []
+        for tokenizer, encoder in self._loaded:
+            tokens = tokenizer(
+                list(prompts),
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids.to(self._device)
+            sdxl, states = len(self._loaded) > 1, []
             for batch in tokens.split(PROMPTS_PER_BATCH):
                 output = encoder(batch, output_hidden_states=sdxl)
                 # The other layers' states, of thousands of prompts, would take many times as much memory.
                 states.append(output.hidden_states[-2] if sdxl else output.last_hidden_state)
-                if second:
+                if sdxl and len(hidden) == 1:
                     pooled.append(output.text_embeds)
-        hidden.append(torch.cat(states))
-    embeds, of_all = torch.cat(hidden, dim=-1).to(dtype), torch.cat(pooled).to(dtype) if pooled else None
-    if sampling.guided and sampling.negative is None and checkpoint.configs["model_index"].get(ZEROS):
-        embeds[-1] = 0
-        if of_all is not None:
-            of_all[-1] = 0
-    return Conditioning(embeds, of_all)
+            hidden.append(states)
+        embeds = torch.cat([torch.cat(states) for states in hidden], dim=-1)
+        return Conditioning(embeds.to(self._dtype), torch.cat(pooled).to(self._dtype) if pooled else None)
+
+    @torch.inference_mode()
+    def with_negative(self, conditioning: Conditioning) -> Conditioning:
+        """The same and, where sampling is guided, the negative prompt."""
+        if not self._sampling.guided:
+            return conditioning
+        negative = self.encode([self._sampling.negative or ""])
+        embeds, pooled = negative.embeds, negative.pooled
+        if self._sampling.negative is None and self._zeros:
+            embeds, pooled = torch.zeros_like(embeds), None if pooled is None else torch.zeros_like(pooled)
+        both = None if conditioning.pooled is None or pooled is None else torch.cat([conditioning.pooled, pooled])
+        return Conditioning(torch.cat([conditioning.embeds, embeds]), both)
+
+
+def encode_prompts(
+    checkpoint: Checkpoint, prompts: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> Conditioning:
+    """Encodes every prompt once, and the negative prompt where sampling is guided. The encoders are let go on return.
+    Raises CheckpointError."""
+    encoders = TextEncoders(checkpoint, device, dtype)
+    return encoders.with_negative(encoders.encode(prompts))
+
+
+class WaitingPrompts:
+    """Prompts that are encoded when they are first asked for: of thousands, a slow device comes to need a few."""
+
+    def __init__(self, encoders: TextEncoders, prompts: Sequence[str]) -> None:
+        self._encoders, self._prompts = encoders, prompts
+        self._waiting = set(range(len(prompts)))
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    @torch.inference_mode()
+    def fill(self, conditioning: Conditioning, numbers: Sequence[int]) -> None:
+        """Encodes those of these prompts that have not been, into their places."""
+        if missing := sorted(self._waiting.intersection(numbers)):
+            encoded = self._encoders.encode([self._prompts[number] for number in missing])
+            conditioning.embeds[missing] = encoded.embeds.to(conditioning.embeds)
+            if conditioning.pooled is not None and encoded.pooled is not None:
+                conditioning.pooled[missing] = encoded.pooled.to(conditioning.pooled)
+            self._waiting.difference_update(missing)
+
+
+def encode_later(
+    checkpoint: Checkpoint, prompts: Sequence[str], device: torch.device, dtype: torch.dtype
+) -> tuple[Conditioning, WaitingPrompts]:
+    """Room for what the UNet is told of every prompt, and what fills it. Raises CheckpointError.
+
+    It is in the CPU's memory: a thousand classes in 32 phrasings take 10 GB in SDXL's layout.
+    """
+    encoders = TextEncoders(checkpoint, device, dtype)
+    first = encoders.with_negative(encoders.encode(prompts[:1]))
+
+    def room(one: Tensor) -> Tensor:
+        table = torch.zeros(len(prompts) + len(one) - 1, *one.shape[1:], dtype=one.dtype)
+        table[len(prompts) :] = one[1:]
+        return table
+
+    pooled = None if first.pooled is None else room(first.pooled)
+    return Conditioning(room(first.embeds), pooled), WaitingPrompts(encoders, prompts)
 
 
 def too_long(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[str]:

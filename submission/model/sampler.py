@@ -150,10 +150,12 @@ def sample(sampler: Sampler, conditioning: Conditioning, prompts: Tensor, draws:
     strength = draws.guidance.clamp_min(1).to(sampler.device).view(-1, 1, 1, 1)
     if guided:
         prompts = torch.cat([torch.full_like(prompts, len(conditioning.embeds) - 1), prompts])
-    told: dict[str, Any] = {"encoder_hidden_states": conditioning.embeds[prompts]}
+    prompts = prompts.to(conditioning.embeds.device)
+    told: dict[str, Any] = {"encoder_hidden_states": conditioning.embeds[prompts].to(sampler.device)}
     if conditioning.pooled is not None and sampler.time_ids is not None:
         time_ids = sampler.time_ids.expand(len(prompts), -1)
-        told["added_cond_kwargs"] = {"text_embeds": conditioning.pooled[prompts], "time_ids": time_ids}
+        pooled = conditioning.pooled[prompts.to(conditioning.pooled.device)].to(sampler.device)
+        told["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
     for timestep in timesteps:
         seen = scheduler.scale_model_input(latents, timestep).to(sampler.dtype)
         seen = torch.cat([seen, seen]) if guided else seen

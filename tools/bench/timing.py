@@ -43,7 +43,7 @@ def unet_step(generator: Generator, batch: int) -> Callable[[], Tensor]:
     sampler = generator.sampler
     classes = torch.arange(batch) % len(generator.task.classes)
     draws = draw(sampler, 0, classes.tolist(), [0] * batch)
-    prompts = generator.prompt_of[0, classes].to(sampler.device)
+    prompts = generator.prompt_of[0, classes]
     return partial(sample, sampler, generator.conditioning, prompts, draws)
 
 

@@ -244,6 +244,32 @@ def test_a_resumed_run_decodes_with_the_network_of_the_run_before(
     assert torch.equal(after[:, : len(before) // 3], before.unflatten(0, (3, -1)))
 
 
+@pytest.mark.parametrize("scheduler", ["EulerAncestralDiscreteScheduler", "LCMScheduler"])
+def test_images_of_several_steps_depend_on_neither_batch_nor_budget_nor_interruption(
+    run: Run, checkpoint_folder: Path, task_file: Path, tmp_path: Path, scheduler: str
+) -> None:
+    """Of schedulers that add noise at every step; to one 8-bit level per step, since each rounds anew."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'base = "{checkpoint_folder}"\n[sampling]\nscheduler = "{scheduler}"\nsteps = 4\n')
+    task_file.write_text(task_file.read_text().replace("max_ipc = 12", "max_ipc = 100000"))
+    options = ["--model", str(recipe), "--aug-per-image", "0"]
+    output = tmp_path / "interrupted"
+    process = start(str(task_file), *options, "--output", str(output), "--budget", "5m", OMP_NUM_THREADS="1")
+    deadline = time.monotonic() + 100
+    while not (output / "tiny.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    rounds = (output / ".tiny.spool/rounds.u8").stat().st_size // (3 * 3 * 16 * 16)
+    options += ["--max-ipc", str(rounds + 2)]
+    resumed = run(*options, "--resume", output="interrupted")
+    manifest = json.loads((output / "tiny.json").read_text())
+    assert manifest["resumed_rounds"] >= 1 and manifest["sampling"]["steps"] == 4
+    for others in (["--batch-size", "1", "--budget", "5m"], ["--batch-size", "7", "--budget", "2m"]):
+        assert levels(run(*options, *others, output=others[1]), resumed) <= 4
+    assert levels(run(*options, "--seed", "1", output="other"), resumed) > 4
+
+
 READ_ONLY = """
 mount --make-rprivate / && mount -t tmpfs tmpfs {output} || exit 77
 for place in $(awk '{{print $5}}' /proc/self/mountinfo | grep -vE "^(/proc|/sys|/dev$|/dev/pts|{output})"); do

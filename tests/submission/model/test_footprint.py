@@ -19,6 +19,7 @@ def test_classes_prompts_and_weights_count_and_images_per_class_do_not() -> None
     assert memory_needed(checkpoint, replace(task, size=64), 100, 4, 2) - needed == 100 * 3 * (64**2 - 32**2)
     assert memory_needed(checkpoint, task, 800, 4, 2) - needed == 2 * 700 * checkpoint.prompt_size * 4
     assert memory_needed(checkpoint, task, 100, 2, 2) < needed
+    assert memory_needed(checkpoint, task, 100, 4, 2, waiting=True) > needed, "text encoders stay"
 
 
 def test_batches_may_grow_until_twice_their_memory_would_be_too_much() -> None:

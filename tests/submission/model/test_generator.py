@@ -9,10 +9,11 @@ import torch
 
 from submission.errors import CheckpointError
 from submission.log import Log
-from submission.model.checkpoint import inspect
+from submission.model.checkpoint import inspect, inspect_recipe, plain
 from submission.model.decoder import Decoder
 from submission.model.generator import Generator, load_generator
 from submission.model.image_spec import ImageSpec
+from submission.model.recipe import Sampling
 from submission.model.sampler import in_float32
 from submission.plan.budget import start_budget
 from submission.tasks import load_task
@@ -86,3 +87,24 @@ def test_any_range_of_images_is_a_part_of_the_whole(generator: Generator, log: L
     for start, stop in [(0, 1), (2, 5), (5, 12)]:
         part = generator.images(np.arange(start, stop), log)
         assert (part.int() - whole[start:stop].int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_prompts_that_wait_make_the_images_of_those_encoded_at_once(
+    checkpoint_folder: Path, task_file: Path, log: Log, guidance: float
+) -> None:
+    """Whatever is asked for first; with the last prompt the encoders are let go."""
+    task = load_task(str(task_file))
+    own = {c.name: tuple(f"a {style} of {c.name}" for style in ("photo", "sketch", "stamp")) for c in task.classes}
+    image = ImageSpec(replace(task, own_prompts=own), prompts="own")
+    checkpoint = inspect_recipe(plain(checkpoint_folder, Sampling(steps=1, guidance=(guidance, guidance))), "test")
+    at_once, later = (
+        load_generator(image, checkpoint, torch.device("cpu"), log, project_prompts=projected)
+        for projected in (True, False)
+    )
+    expected = at_once.images(np.arange(18), log)
+    for numbers, encoded in ([7, 2], 2), (range(2, 6), 5), (range(18), 9):
+        images = later.images(np.array(numbers), log)
+        assert (images.int() - expected[list(numbers)].int()).abs().max() <= 1
+        assert later.conditioning.embeds[:9].flatten(1).any(1).sum() == encoded, "no more than were asked for"
+    assert later.waiting is None and at_once.waiting is None
