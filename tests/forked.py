@@ -169,6 +169,7 @@ def _job(
     environment: Mapping[str, str],
 ) -> None:
     os.environ.update(environment)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which nohup would have had ignored, had it started the tests
     log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
