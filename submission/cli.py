@@ -45,8 +45,8 @@ tools, each with a --help of its own:
   ./run.sh report           makes the page about a run anew
   ./run.sh rehearse         runs the job under a hard limit, as the organisers would
   ./run.sh bench            measures what this project claims
-  ./run.sh make-checkpoint  writes random weights in SDXL-Turbo's layout
-  ./run.sh fetch-weights    fetches SDXL-Turbo's files and checks them by SHA-256
+  ./run.sh make-checkpoint  writes random weights in the layout of SDXL-Turbo or Stable Diffusion
+  ./run.sh fetch-weights    fetches a model's files and checks them by SHA-256
   ./run.sh train-embedded   trains the embedded checkpoint
   ./run.sh test             runs everything that CI runs
 
