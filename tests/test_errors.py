@@ -70,6 +70,8 @@ def make_folder(folder: Path, checkpoint: Path) -> None:
     (folder / "taken/tiny.pt").mkdir(parents=True)
     (folder / "empty").mkdir()
     torch.save({"conv_in.weight": Path}, folder / "weights.bin")
+    (folder / "deep.toml").write_text("base = " + "[" * 100_000)
+    os.mkfifo(folder / "pipe.toml")
     save_file({"lora_unet_up_blocks_9_proj_in.lora_down.weight": torch.ones(1, 4)}, folder / "one_half.safetensors")
     other = {f"lora_unet_up_blocks_9_proj_in.lora_{end}.weight": torch.ones(4, 4) for end in ("down", "up")}
     save_file(other, folder / "lora.safetensors")
@@ -131,6 +133,11 @@ RECIPES = {
     "other_lora": '[lora]\nfile = "lora.safetensors"',
     "half_lora": '[lora]\nfile = "one_half.safetensors"',
     "whole": 'weights = "lora.safetensors"',
+    "lines": 'weights = "a\\nb"',
+    "unet_weight": '[unet]\nfile = "lora.safetensors"\nweight = 0.5',
+    "revision": '[unet]\nfile = "lora.safetensors"\nrevision = "main"',
+    "date": '[sampling]\nscheduler = "LCMScheduler"\nsettings = { beta_schedule = 2024-01-01 }',
+    "endless": f"[sampling]\nguidance = 1{'0' * 400}",
 }
 USAGE = [
     Row("", 2, "the following arguments are required: TASK; ./run.sh --help says more"),
@@ -193,6 +200,13 @@ USAGE = [
     Row("tiny.toml --model late.toml", 2, "timesteps reach from 0 to 999, and 1000 lies outside"),
     Row("tiny.toml --model fixed.toml", 2, "EulerAncestralDiscreteScheduler takes no timesteps, but a number"),
     Row("tiny.toml --model sample.toml", 2, "EulerAncestralDiscreteScheduler does not take {'prediction_type'"),
+    Row("tiny.toml --model lines.toml", 2, "weights must be text of one line, not empty, not 'a\\nb'"),
+    Row("tiny.toml --model unet_weight.toml", 2, "[unet] unknown key 'weight'; there are file, repository"),
+    Row("tiny.toml --model revision.toml", 2, "[unet] revision is of a repository, and none is named"),
+    Row("tiny.toml --model date.toml", 2, "settings must be a table of text, numbers, true and false"),
+    Row("tiny.toml --model endless.toml", 2, "guidance must be a number, 0 or more, or a list of two"),
+    Row("tiny.toml --model deep.toml", 2, "deep.toml: not a recipe in TOML (maximum recursion depth exceeded"),
+    Row("tiny.toml --model pipe.toml", 2, "pipe.toml: not a file"),
     Row("tiny.toml --model odd_size.toml", 2, "resolution 18 is no multiple of 4, which checkpoint needs"),
     Row("tiny.toml --model checkpoint --resolution 18", 2, "this checkpoint needs a multiple of 4"),
     Row("tiny.toml --model checkpoint --resolution 4194304", 2, "no memory for the model and its first images"),

@@ -4,16 +4,16 @@ A recipe of one's own has the same form. All that it can hold:
 
     base = "OWNER/NAME"                # a hub id, or a folder: whose encoders, VAE and UNet are used
     revision = "0123abc"               # optional, of a hub id
-    weights = "model.safetensors"      # optional, in place of the base's: one file with all of them, or a folder with
-                                       # the components that differ
+    weights = "model.safetensors"      # optional, in place of the base's: one file with all of them, or a folder of
+                                       # what differs, with folders such as unet/, tokenizer/, scheduler/
     licence = "MIT"                    # optional, for people
     resolution = 512                   # the canvas in pixels; default: the base's own
 
     [unet]                             # optional, in place of the base's UNet
     repository = "OWNER/NAME"          # optional: without it, file is a path
-    revision = "0123abc"               # optional
+    revision = "0123abc"               # optional, of the repository
     file = "unet.safetensors"          # or a .bin of tensors alone
-    sha256 = "..."                     # optional
+    sha256 = "..."                     # optional; another file is refused by fetch-weights, and a warning of the job
 
     [lora]                             # optional, fused into the UNet: keys as above, and
     weight = 1.0
@@ -34,7 +34,8 @@ A recipe of one's own has the same form. All that it can hold:
 Relative paths begin at the recipe's folder.
 """
 
-import math
+import stat
+import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -128,19 +129,24 @@ def load_recipe(name_or_path: str) -> Recipe:
     """The recipe of that name, or the one in that `.toml` file. Raises UsageError."""
     path = RECIPES / f"{name_or_path}.toml" if name_or_path in recipe_names() else Path(name_or_path)
     try:
-        if path.stat().st_size > MOST_BYTES:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would never end
+            raise UsageError(f"{path}: not a file")
+        if found.st_size > MOST_BYTES:
             raise UsageError(f"{path}: too large for a recipe")
-        table = tomllib.loads(path.read_text("utf-8"))
+        # Some editors put a byte order mark first, and TOML allows none.
+        table = tomllib.loads(path.read_text("utf-8-sig"))
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:  # not UTF-8, or not TOML
+    except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or nested without end
         raise UsageError(f"{path}: not a recipe in TOML ({error})") from error
     _check(table, _RECIPE, f"{path}:")
-    unet, lora = (_part(table.get(key), f"{path}: [{key}]", path.parent) for key in ("unet", "lora"))
+    unet = _part(table.get("unet"), _PART, f"{path}: [unet]", path.parent)
+    lora = _part(table.get("lora"), _PART | _LORA, f"{path}: [lora]", path.parent)
     base, weights = table["base"], table.get("weights")
     return Recipe(
         name=path.stem,
-        base=str(path.parent / base) if (path.parent / base).is_dir() else base,
+        base=_base(base, path),
         revision=table.get("revision"),
         weights=path.parent / weights if weights else None,
         unet=unet,
@@ -158,10 +164,20 @@ def guidance_range(value: Any) -> tuple[float, float] | None:
     return (float(low), float(high)) if _is_number(low) and _is_number(high) and 0 <= low <= high else None
 
 
-def _part(table: Mapping[str, Any] | None, where: str, folder: Path) -> Part | None:
+def _base(base: str, recipe: Path) -> str:
+    """The path of a folder, or what else is meant to be a hub id."""
+    try:
+        return str(recipe.parent / base) if (recipe.parent / base).is_dir() else base
+    except OSError as error:
+        raise UsageError(f"{recipe}: base {base} cannot be looked into ({error.strerror})") from error
+
+
+def _part(table: Mapping[str, Any] | None, rules: Mapping[str, "_Rule"], where: str, folder: Path) -> Part | None:
     if table is None:
         return None
-    _check(table, _PART, where)
+    _check(table, rules, where)
+    if "revision" in table and "repository" not in table:
+        raise UsageError(f"{where} revision is of a repository, and none is named")
     return Part(**table) if "repository" in table else Part(**{**table, "file": str(folder / table["file"])})
 
 
@@ -201,7 +217,8 @@ _Rule = tuple[bool, Callable[[Any], bool], str]
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # TOML has NaN and infinities, and whole numbers without end.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _is_count(value: object) -> bool:
@@ -209,7 +226,14 @@ def _is_count(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
+
+
+def _is_setting(value: object) -> bool:
+    """What JSON has as well: the manifest tells of it."""
+    if isinstance(value, list):
+        return all(map(_is_setting, value))
+    return isinstance(value, str | bool) or _is_number(value)
 
 
 def _falls(value: Any) -> bool:
@@ -221,8 +245,10 @@ def _is_digest(value: object) -> bool:
     return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
-_TEXT, _TABLE = (False, _is_text, "text, not empty"), (False, lambda value: isinstance(value, dict), "a table")
-_COUNT, _DIGEST = (False, _is_count, "a whole number, 1 or more"), (False, _is_digest, "64 hexadecimal digits")
+_TEXT: _Rule = (False, _is_text, "text of one line, not empty")
+_TABLE: _Rule = (False, lambda value: isinstance(value, dict), "a table")
+_COUNT: _Rule = (False, _is_count, "a whole number, 1 or more")
+_DIGEST: _Rule = (False, _is_digest, "64 hexadecimal digits in lower case")
 _RECIPE: dict[str, _Rule] = {
     "base": (True, _is_text, "a hub id or a folder"),
     "revision": _TEXT,
@@ -235,15 +261,19 @@ _RECIPE: dict[str, _Rule] = {
     "sha256": (False, lambda v: isinstance(v, dict) and all(map(_is_digest, v.values())), "a table of digests"),
 }
 _PART: dict[str, _Rule] = {
-    "file": (True, _is_text, "text, not empty"),
+    "file": (True, _is_text, "text of one line, not empty"),
     "repository": _TEXT,
     "revision": _TEXT,
     "sha256": _DIGEST,
-    "weight": (False, _is_number, "a number"),
 }
+_LORA: dict[str, _Rule] = {"weight": (False, _is_number, "a number")}
 _SAMPLING: dict[str, _Rule] = {
     "scheduler": _TEXT,
-    "settings": _TABLE,
+    "settings": (
+        False,
+        lambda value: isinstance(value, dict) and all(map(_is_setting, value.values())),
+        "a table of text, numbers, true and false",
+    ),
     "prediction": (False, lambda value: value in PREDICTIONS, f"one of {', '.join(PREDICTIONS)}"),
     "steps": _COUNT,
     "timesteps": (False, _falls, "a list of falling whole numbers"),
