@@ -3,6 +3,7 @@
 A row is read as the person would who sees that line for the first time: what is wrong, and what is to be done?
 """
 
+import importlib.util
 import os
 import shlex
 import shutil
@@ -137,7 +138,11 @@ RECIPES = {
     "unet_weight": '[unet]\nfile = "lora.safetensors"\nweight = 0.5',
     "revision": '[unet]\nfile = "lora.safetensors"\nrevision = "main"',
     "date": '[sampling]\nscheduler = "LCMScheduler"\nsettings = { beta_schedule = 2024-01-01 }',
+    "negative": '[sampling]\nscheduler = "LCMScheduler"\nsettings = { num_train_timesteps = -1 }',
     "endless": f"[sampling]\nguidance = 1{'0' * 400}",
+    "eta": '[sampling]\nscheduler = "LCMScheduler"\neta = 0.5',
+    "flow": '[sampling]\nscheduler = "FlowMatchEulerDiscreteScheduler"',
+    "sde": '[sampling]\nscheduler = "DPMSolverSDEScheduler"',
 }
 USAGE = [
     Row("", 2, "the following arguments are required: TASK; ./run.sh --help says more"),
@@ -204,9 +209,17 @@ USAGE = [
     Row("tiny.toml --model unet_weight.toml", 2, "[unet] unknown key 'weight'; there are file, repository"),
     Row("tiny.toml --model revision.toml", 2, "[unet] revision is of a repository, and none is named"),
     Row("tiny.toml --model date.toml", 2, "settings must be a table of text, numbers, true and false"),
+    Row("tiny.toml --model negative.toml", 2, "LCMScheduler does not take {'num_train_timesteps': -1}"),
     Row("tiny.toml --model endless.toml", 2, "guidance must be a number, 0 or more, or a list of two"),
     Row("tiny.toml --model deep.toml", 2, "deep.toml: not a recipe in TOML (maximum recursion depth exceeded"),
     Row("tiny.toml --model pipe.toml", 2, "pipe.toml: not a file"),
+    Row("tiny.toml --model eta.toml", 2, "LCMScheduler takes no eta: TCDScheduler and DDIMScheduler do"),
+    Row("tiny.toml --model flow.toml", 2, "FlowMatchEulerDiscreteScheduler does not take 1 step ("),
+    Row("tiny.toml --model checkpoint --steps 1001", 2, "1001 steps, and there are 1000 timesteps"),
+    pytest.param(
+        Row("tiny.toml --model sde.toml", 2, "needs what is not installed: pip install torchsde"),
+        marks=pytest.mark.skipif(importlib.util.find_spec("torchsde") is not None, reason="it is installed here"),
+    ),
     Row("tiny.toml --model odd_size.toml", 2, "resolution 18 is no multiple of 4, which checkpoint needs"),
     Row("tiny.toml --model checkpoint --resolution 18", 2, "this checkpoint needs a multiple of 4"),
     Row("tiny.toml --model checkpoint --resolution 4194304", 2, "no memory for the model and its first images"),

@@ -92,11 +92,17 @@ def load_scheduler(checkpoint: Checkpoint) -> tuple[Any, bool]:
     """
     import diffusers  # noqa: PLC0415  # slow to import
 
+    # It would advise on settings that a scheduler has in common with no other, and on every use of a few timesteps.
+    diffusers.utils.logging.set_verbosity_error()
     sampling, config = checkpoint.sampling, checkpoint.configs["scheduler"]
     name = sampling.scheduler or config.get("_class_name")
     kind: Any = getattr(diffusers, str(name), None)
     where = f"{checkpoint.recipe.name}: scheduler {name}"
+    if lacking := getattr(kind, "_backends", None):  # what diffusers has in the place of one that it cannot import
+        packages = " ".join(one for one in lacking if one != "torch")
+        raise UsageError(f"{where} needs what is not installed: pip install {packages}")
     known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
+    known = known and hasattr(kind, "set_timesteps") and hasattr(kind, "step")
     if not known:
         raise UsageError(f"{where}: diffusers has no scheduler of that name, such as EulerDiscreteScheduler")
     unknown = set(sampling.settings) - set(inspect.signature(kind).parameters)
@@ -104,21 +110,30 @@ def load_scheduler(checkpoint: Checkpoint) -> tuple[Any, bool]:
         raise UsageError(f"{where} has no setting {min(unknown)!r}")
     if sampling.timesteps and "timesteps" not in inspect.signature(kind.set_timesteps).parameters:
         raise UsageError(f"{where} takes no timesteps, but a number of steps")
+    if sampling.eta is not None and "eta" not in inspect.signature(kind.step).parameters:
+        raise UsageError(f"{where} takes no eta: TCDScheduler and DDIMScheduler do")
     try:
         scheduler = kind.from_config(config, **sampling.settings)
         last = scheduler.config.num_train_timesteps - 1
         if max(sampling.timesteps, default=0) > last:
             raise UsageError(f"{where}: timesteps reach from 0 to {last}, and {sampling.timesteps[0]} lies outside")
+        if (sampling.count or 1) > last + 1:
+            raise UsageError(f"{where}: {sampling.count} steps, and there are {last + 1} timesteps: --steps 4 to 50 do")
         ends = []
         for seed in (0, 1):
-            latents, noise = torch.zeros(1, 4, 2, 2), [torch.Generator().manual_seed(seed)]
+            latents, noise = torch.zeros(1, 4, 2, 2) * scheduler.init_noise_sigma, [torch.Generator().manual_seed(seed)]
             for timestep in _timesteps(scheduler, sampling, torch.device("cpu")):
                 seen = scheduler.scale_model_input(latents, timestep)
                 latents = _step(scheduler, sampling, torch.zeros_like(seen), timestep, latents, noise)
             ends.append(latents)
-    except (ValueError, TypeError, NotImplementedError, IndexError, AttributeError, AssertionError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # of any class: what it computes with is the user's
         raise UsageError(f"{where} does not take {sampling.settings or sampling} ({first_line(error)})") from error
-    return scheduler, not torch.equal(*ends)
+    noisy = not torch.equal(*ends)
+    if noisy and "generator" not in inspect.signature(kind.step).parameters:
+        raise UsageError(f"{where} draws noise for a whole batch, and images here are drawn one by one: choose another")
+    return scheduler, noisy
 
 
 def draw(sampler: Sampler, seed: int, classes: Sequence[int], rounds: Sequence[int]) -> Draws:
@@ -184,7 +199,7 @@ def _step(
 ) -> Tensor:
     """One step of the scheduler. The noise that it adds comes from one generator per image, if there are any."""
     takes = inspect.signature(scheduler.step).parameters
-    told: dict[str, Any] = {"eta": sampling.eta} if sampling.eta is not None and "eta" in takes else {}
+    told: dict[str, Any] = {} if sampling.eta is None else {"eta": sampling.eta}
     if noise and "generator" in takes:
         told["generator"] = noise
     after: Tensor = scheduler.step(output, timestep, latents, **told, return_dict=False)[0]
