@@ -73,6 +73,19 @@ def make_folder(folder: Path, checkpoint: Path) -> None:
     torch.save({"conv_in.weight": Path}, folder / "weights.bin")
     (folder / "deep.toml").write_text("base = " + "[" * 100_000)
     os.mkfifo(folder / "pipe.toml")
+    layer = "unet.up_blocks.0.attentions.0.proj_in"
+    one = {f"{layer}.lora_A.weight": torch.ones(1, 16), f"{layer}.lora_B.weight": torch.ones(16, 1)}
+    loras = {
+        "down": {f"{layer}.lora_A.weight": torch.ones(1, 16)},
+        "bias": one | {f"{layer}.lora_B.bias": torch.ones(16)},
+        "dora": one | {f"{layer}.dora_scale": torch.ones(16)},
+        "third": one | {"text_encoder_3.x.lora_A.weight": torch.ones(1, 16)},
+        "vector": {name: tensor.flatten() for name, tensor in one.items()},
+        "block": {name.replace(".proj_in", ""): tensor for name, tensor in one.items()},
+    }
+    for name, factors in loras.items():
+        save_file(factors, folder / f"{name}.safetensors")
+        (folder / f"lora_{name}.toml").write_text(f'base = "checkpoint"\n[lora]\nfile = "{name}.safetensors"\n')
     save_file({"lora_unet_up_blocks_9_proj_in.lora_down.weight": torch.ones(1, 4)}, folder / "one_half.safetensors")
     other = {f"lora_unet_up_blocks_9_proj_in.lora_{end}.weight": torch.ones(4, 4) for end in ("down", "up")}
     save_file(other, folder / "lora.safetensors")
@@ -239,6 +252,12 @@ JOB = [
     Row("tiny.toml --model other_lora.toml", 4, "lora.safetensors is a LoRA for another layout: its up_blocks.9"),
     Row("tiny.toml --model half_lora.toml", 4, "one_half.safetensors is no LoRA that is understood"),
     Row("tiny.toml --model whole.toml", 4, "lora.safetensors: no text_encoder that suits checkpoint"),
+    Row("tiny.toml --model lora_down.toml", 4, "down.safetensors lacks unet.up_blocks.0.attentions.0.proj_in.lora_B"),
+    Row("tiny.toml --model lora_bias.toml", 4, "does more than a LoRA, and is not supported: it has unet.up_blocks.0."),
+    Row("tiny.toml --model lora_dora.toml", 4, "does more than a LoRA, and is not supported: it has unet.up_blocks.0."),
+    Row("tiny.toml --model lora_third.toml", 4, "another layout: there is no network for its text_encoder_3.x.lora_A"),
+    Row("tiny.toml --model lora_vector.toml", 4, "is a LoRA for another layout: its up_blocks.0.attentions.0.proj_in"),
+    Row("tiny.toml --model lora_block.toml", 4, "is a LoRA for another layout: its up_blocks.0.attentions.0 does not"),
     Row("tiny.toml --model nobody/nothing", 4, "neither a folder here nor to be had from the hub", forked.offline),
     Row(f"tiny.toml --model {'x' * 300}", 4, "cannot be looked into (File name too long)"),
     Row("tiny.toml", 4, "BANKO_MODEL=/no/where: there is no folder", environment={"BANKO_MODEL": "/no/where"}),

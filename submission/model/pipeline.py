@@ -272,7 +272,7 @@ def _load_model(kind: Any, checkpoint: Checkpoint, component: str, device: torch
     else:
         model = _load_replacement(kind, checkpoint, component, weights, device, dtype)
     if checkpoint.recipe.lora:
-        fuse(model, component, checkpoint.recipe.lora, checkpoint.configs["unet"])
+        fuse(model, component, checkpoint.recipe.lora, checkpoint.configs)
     return model
 
 

@@ -1,6 +1,7 @@
 """Every recipe against diffusers' own pipeline, run as the model's card says, on small checkpoints of its layout."""
 
 import copy
+import json
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -146,6 +147,21 @@ def test_a_negative_prompt_is_what_guidance_leads_away_from(layout: str, tmp_pat
     torch.testing.assert_close(latents, theirs(pipe, card, 2, 3.0, draws, "latent"), atol=1e-3, rtol=1e-3)
     without, _ = ours(inspect_recipe(plain(tmp_path, replace(sampling, negative=None)), "test"))
     assert (latents - without).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("pattern", [{}, {"to_q": 8}])
+def test_a_lora_has_the_alphas_that_diffusers_writes_beside_it(pattern: dict[str, int], tmp_path: Path) -> None:
+    save_base("sd", tmp_path)
+    weight, random = load_file(tmp_path / UNET), torch.Generator().manual_seed(1)
+    name = next(name for name in weight if name.endswith("attn1.to_q.weight")).removesuffix(".weight")
+    down, up = torch.randn(2, 16, generator=random), torch.randn(16, 2, generator=random)
+    told = {"unet.r": 2, "unet.lora_alpha": 4, "unet.alpha_pattern": pattern}
+    factors = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
+    save_file(factors, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": json.dumps(told)})
+    recipe = replace(plain(tmp_path, Sampling(steps=1)), lora=Part(str(tmp_path / "lora.safetensors"), weight=0.5))
+    unet = pipeline.load_unet(inspect_recipe(recipe, "test"), CPU, torch.float32)
+    change = unet.get_submodule(name).weight - weight[f"{name}.weight"]
+    torch.testing.assert_close(change, 0.5 * (pattern.get("to_q", 4) / 2) * up @ down)
 
 
 def test_a_lora_changes_text_encoders_too(tmp_path: Path) -> None:
