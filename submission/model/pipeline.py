@@ -23,7 +23,7 @@ BF16_GAIN = 1.3
 PROMPTS_PER_BATCH = 16
 # The folder of a tiny autoencoder for its latents, by the number of text encoders: its name on the hub.
 TINY = {1: "taesd", 2: "taesdxl"}
-# What a pipeline's model_index.json says where no negative prompt is one of zeros.
+# Whether no negative prompt is one of zeros, as model_index.json says of SDXL; where it does not, it is.
 ZEROS = "force_zeros_for_empty_prompt"
 # What torch compiles of a UNet, and in how many shapes at most.
 COMPILED_BLOCKS, SHAPES = ("BasicTransformerBlock", "ResnetBlock2D"), 64
@@ -62,7 +62,8 @@ class TextEncoders:
 
         logging.disable_progress_bar()
         self._device, self._dtype, self._sampling = device, dtype, checkpoint.sampling
-        self._zeros = bool(checkpoint.configs["model_index"].get(ZEROS))
+        sdxl = len(checkpoint.text_encoders) > 1
+        self._zeros = sdxl and bool(checkpoint.configs["model_index"].get(ZEROS, True))
         self._loaded = [
             (
                 _load_part(CLIPTokenizer, checkpoint.path, component.replace("text_encoder", "tokenizer")),

@@ -149,6 +149,20 @@ def test_a_negative_prompt_is_what_guidance_leads_away_from(layout: str, tmp_pat
     assert (latents - without).abs().max() > 0.01
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_no_negative_prompt_is_one_of_zeros_where_nothing_is_said(tmp_path: Path) -> None:
+    """As diffusers has it for SDXL."""
+    save_base("sdxl", tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index.pop("force_zeros_for_empty_prompt")
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    sampling = Sampling("EulerDiscreteScheduler", TRAILING, steps=2, guidance=(3.0, 3.0))
+    latents, draws = ours(inspect_recipe(plain(tmp_path, sampling), "test"))
+    pipe = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config, **TRAILING)
+    torch.testing.assert_close(latents, theirs(pipe, Card("sdxl", ""), 2, 3.0, draws, "latent"), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("pattern", [{}, {"to_q": 8}])
 def test_a_lora_has_the_alphas_that_diffusers_writes_beside_it(pattern: dict[str, int], tmp_path: Path) -> None:
     save_base("sd", tmp_path)
