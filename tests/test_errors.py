@@ -71,6 +71,10 @@ def make_folder(folder: Path, checkpoint: Path) -> None:
     (folder / "taken/tiny.pt").mkdir(parents=True)
     (folder / "empty").mkdir()
     torch.save({"conv_in.weight": Path}, folder / "weights.bin")
+    crossed = shutil.copytree(checkpoint, folder / "crossed") / "unet/config.json"
+    crossed.write_text(crossed.read_text().replace('"cross_attention_dim": 32', '"cross_attention_dim": 16'))
+    crossed = shutil.copytree(checkpoint, folder / "inpainting") / "unet/config.json"
+    crossed.write_text(crossed.read_text().replace('"in_channels": 4', '"in_channels": 9'))
     (folder / "deep.toml").write_text("base = " + "[" * 100_000)
     os.mkfifo(folder / "pipe.toml")
     layer = "unet.up_blocks.0.attentions.0.proj_in"
@@ -156,6 +160,7 @@ RECIPES = {
     "eta": '[sampling]\nscheduler = "LCMScheduler"\neta = 0.5',
     "flow": '[sampling]\nscheduler = "FlowMatchEulerDiscreteScheduler"',
     "sde": '[sampling]\nscheduler = "DPMSolverSDEScheduler"',
+    "nothing": 'weights = "empty"',
 }
 USAGE = [
     Row("", 2, "the following arguments are required: TASK; ./run.sh --help says more"),
@@ -258,6 +263,9 @@ JOB = [
     Row("tiny.toml --model lora_third.toml", 4, "another layout: there is no network for its text_encoder_3.x.lora_A"),
     Row("tiny.toml --model lora_vector.toml", 4, "is a LoRA for another layout: its up_blocks.0.attentions.0.proj_in"),
     Row("tiny.toml --model lora_block.toml", 4, "is a LoRA for another layout: its up_blocks.0.attentions.0 does not"),
+    Row("tiny.toml --model nothing.toml", 4, "empty holds nothing in place of the base's: name its folders text_enc"),
+    Row("tiny.toml --model crossed", 4, "crossed/unet is the UNet of another layout than crossed/text_encoder and"),
+    Row("tiny.toml --model inpainting", 4, "inpainting/unet takes 9 channels, as for inpainting"),
     Row("tiny.toml --model nobody/nothing", 4, "neither a folder here nor to be had from the hub", forked.offline),
     Row(f"tiny.toml --model {'x' * 300}", 4, "cannot be looked into (File name too long)"),
     Row("tiny.toml", 4, "BANKO_MODEL=/no/where: there is no folder", environment={"BANKO_MODEL": "/no/where"}),

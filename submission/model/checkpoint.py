@@ -10,7 +10,7 @@ Stable Diffusion 1 and 2 have one::
     unet/diffusion_pytorch_model[.fp16].safetensors   vae/diffusion_pytorch_model[.fp16].safetensors
     training.json                                     optional: {"resolutions": [...]} it was trained for, in pixels
 
-A recipe may put other files in the place of some of these (`submission.model.recipe`).
+A recipe may put other files or folders in the place of some of these (`submission.model.recipe`).
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import json
 import os
 import threading
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -45,6 +45,7 @@ WEIGHTS = {
 }
 # Endings of weights that are Python objects.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+LATENT_CHANNELS = 4
 # How what git-LFS leaves in the place of a file begins.
 LFS_POINTER = b"version https://git-lfs"
 # A fingerprint takes so many samples of so many bytes from every weight file, evenly spaced.
@@ -83,6 +84,10 @@ class Checkpoint:
     def path(self) -> Path:
         """The folder of its configurations."""
         return Path(self.recipe.base)
+
+    def folder(self, part: str) -> Path:
+        """The folder of a component, a tokenizer or the scheduler."""
+        return _folder(self.recipe, part)
 
     @property
     def sampling(self) -> Sampling:
@@ -129,14 +134,13 @@ def inspect_recipe(recipe: Recipe, source: str) -> Checkpoint:
     kind = index.get("_class_name")
     if kind not in LAYOUTS:
         raise CheckpointError(f"{path} holds a {kind}, and not one of those that are read: {', '.join(LAYOUTS)}")
-    if recipe.weights and not recipe.weights.exists():
-        raise CheckpointError(f"{recipe.weights} is missing")
     texts = [component for component in LAYOUTS[kind] if component.startswith("text_encoder")]
-    tokenizers = [path / component.replace("text_encoder", "tokenizer") for component in texts]
+    tokenizers = [component.replace("text_encoder", "tokenizer") for component in texts]
+    _check_differing(recipe.weights, (*LAYOUTS[kind], *tokenizers, "scheduler"))
     weights = {component: _find_weights(recipe, component) for component in LAYOUTS[kind]}
     configs = {component: _read_json(found.folder / "config.json") for component, found in weights.items()}
-    configs |= {"model_index": index, "scheduler": _read_json(path / "scheduler/scheduler_config.json")}
-    for folder in tokenizers:
+    configs |= {"model_index": index, "scheduler": _read_json(_folder(recipe, "scheduler") / "scheduler_config.json")}
+    for folder in [_folder(recipe, name) for name in tokenizers]:
         configs[folder.name] = _read_json(folder / "tokenizer_config.json")
         # Without its vocabulary a tokenizer loads all the same, and takes every word for unknown.
         if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
@@ -159,6 +163,7 @@ def inspect_recipe(recipe: Recipe, source: str) -> Checkpoint:
         prompt_size = tokens * int(configs["unet"]["cross_attention_dim"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: unet/config.json or vae/config.json lacks a usable {error}") from error
+    _check_fit(weights, configs, texts)
     training = path / "training.json"
     resolutions = _read_json(training).get("resolutions") if training.exists() else [own]
     if not isinstance(resolutions, list) or not resolutions or not all(isinstance(r, int) for r in resolutions):
@@ -248,6 +253,38 @@ def _all_files(checkpoint: Checkpoint) -> list[Path]:
     return list(dict.fromkeys(files))
 
 
+def _check_differing(weights: Path | None, parts: Sequence[str]) -> None:
+    """Raises CheckpointError where what a recipe puts in the place of the base's is not there."""
+    if weights and not weights.exists():
+        raise CheckpointError(f"{weights} is missing")
+    if weights and weights.is_dir() and not any((weights / part).is_dir() for part in parts):
+        raise CheckpointError(f"{weights} holds nothing in place of the base's: name its folders {', '.join(parts)}")
+
+
+def _check_fit(weights: Mapping[str, Weights], configs: Mapping[str, Any], texts: Sequence[str]) -> None:
+    """Raises CheckpointError where components are each whole and of different layouts, which would show in the first
+    step."""
+    unet, folder = configs["unet"], weights["unet"].folder
+    widths = [configs[text].get("hidden_size") for text in texts]
+    takes, told_sizes = unet["cross_attention_dim"], unet.get("addition_embed_type") == "text_time"
+    known = all(isinstance(width, int) for width in widths)  # what CLIP's default is, a file may leave out
+    if (known and sum(widths) != takes) or told_sizes != (len(texts) > 1):
+        raise CheckpointError(
+            f"{folder} is the UNet of another layout than {' and '.join(str(weights[text].folder) for text in texts)}: "
+            f"it takes {takes} numbers a token, these make {' + '.join(map(str, widths))}"
+        )
+    if (channels := unet.get("in_channels", LATENT_CHANNELS)) != LATENT_CHANNELS:
+        raise CheckpointError(
+            f"{folder} takes {channels} channels, as for inpainting: text to image has {LATENT_CHANNELS}"
+        )
+
+
+def _folder(recipe: Recipe, part: str) -> Path:
+    """Where a component, a tokenizer or the scheduler is: among what differs from the base, else in the base."""
+    differing = recipe.weights and recipe.weights / part
+    return differing if differing and differing.is_dir() else Path(recipe.base) / part
+
+
 def _find_weights(recipe: Recipe, component: str) -> Weights:
     """Where a component's weights are. Raises CheckpointError."""
     folder = Path(recipe.base) / component
@@ -255,8 +292,7 @@ def _find_weights(recipe: Recipe, component: str) -> Weights:
         return Weights(folder, (Path(recipe.unet.file),), replaces=True)
     if recipe.weights and recipe.weights.is_file():
         return Weights(folder, (recipe.weights,), replaces=True)
-    if recipe.weights and (recipe.weights / component).is_dir():
-        folder = recipe.weights / component
+    folder = _folder(recipe, component)
     variant = _variant(folder, component)
     return Weights(folder, tuple(_weight_files(folder, component, variant)), variant)
 

@@ -57,7 +57,7 @@ class TextEncoders:
     """A checkpoint's tokenizers and text encoders on a device, in `dtype`. Raises CheckpointError."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer  # noqa: PLC0415  # slow
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection  # noqa: PLC0415  # slow to import
         from transformers.utils import logging  # noqa: PLC0415
 
         logging.disable_progress_bar()
@@ -66,7 +66,7 @@ class TextEncoders:
         self._zeros = sdxl and bool(checkpoint.configs["model_index"].get(ZEROS, True))
         self._loaded = [
             (
-                _load_part(CLIPTokenizer, checkpoint.path, component.replace("text_encoder", "tokenizer")),
+                _load_tokenizer(checkpoint.folder(component.replace("text_encoder", "tokenizer"))),
                 _load_model(
                     CLIPTextModelWithProjection if component == "text_encoder_2" else CLIPTextModel,
                     checkpoint,
@@ -167,9 +167,7 @@ def encode_later(
 
 def too_long(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[str]:
     """The prompts of more tokens than the text encoders read, which would be cut. Raises CheckpointError."""
-    from transformers import CLIPTokenizer  # noqa: PLC0415  # slow to import
-
-    tokenizer = _load_part(CLIPTokenizer, checkpoint.path, "tokenizer")
+    tokenizer = _load_tokenizer(checkpoint.folder("tokenizer"))
     lengths = map(len, tokenizer(list(prompts), verbose=False).input_ids)
     return [p for p, length in zip(prompts, lengths, strict=True) if length > tokenizer.model_max_length]
 
@@ -258,11 +256,13 @@ def undo_compilation(network: Any) -> None:
         network.to(memory_format=torch.contiguous_format)
 
 
-def _load_part(kind: Any, path: Path, part: str) -> Any:
+def _load_tokenizer(folder: Path) -> Any:
+    from transformers import CLIPTokenizer  # noqa: PLC0415  # slow to import
+
     try:
-        return kind.from_pretrained(path / part, local_files_only=True)
+        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of no class of its own, where a tokenizer's file is damaged
-        raise CheckpointError(f"{path / part} cannot be loaded ({first_line(error)})") from error
+        raise CheckpointError(f"{folder} cannot be loaded ({first_line(error)})") from error
 
 
 def _load_model(kind: Any, checkpoint: Checkpoint, component: str, device: torch.device, dtype: torch.dtype) -> Any:

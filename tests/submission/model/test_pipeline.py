@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from submission.errors import CheckpointError
 from submission.model import pipeline
 from submission.model.checkpoint import inspect, inspect_recipe, plain
-from submission.model.recipe import Sampling
+from submission.model.recipe import Part, Sampling
 from submission.model.sampler import draw, in_float32, load_sampler, sample
 from tests.conftest import make_pipeline
 from tests.single_file import join
@@ -117,6 +117,19 @@ def test_a_folder_of_what_differs_from_a_base(folder: Path, tmp_path: Path) -> N
     recipe = replace(plain(tmp_path / "base", Sampling(steps=1)), weights=tmp_path)
     unet = pipeline.load_unet(inspect_recipe(recipe, "test"), CPU, torch.float32)
     assert torch.equal(unet.conv_in.weight, another.unet.conv_in.weight)
+
+
+def test_a_scheduler_and_tokenizers_may_differ_too(folder: Path, tmp_path: Path) -> None:
+    make_pipeline(prediction_type="v_prediction").scheduler.save_pretrained(tmp_path / "scheduler")
+    tokenizer = make_pipeline().tokenizer
+    tokenizer.model_max_length = 12
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    recipe = replace(plain(folder, Sampling(steps=1)), weights=tmp_path)
+    found = inspect_recipe(recipe, "test")
+    assert found.configs["scheduler"]["prediction_type"] == "v_prediction"
+    assert pipeline.too_long(found, ["four words it is"]) and not pipeline.too_long(
+        inspect(folder, "t"), ["four words it is"]
+    )
 
 
 def test_both_forms_of_vocabulary_are_read_alike(folder: Path, tmp_path: Path) -> None:
