@@ -75,6 +75,7 @@ def make_folder(folder: Path, checkpoint: Path) -> None:
     crossed.write_text(crossed.read_text().replace('"cross_attention_dim": 32', '"cross_attention_dim": 16'))
     crossed = shutil.copytree(checkpoint, folder / "inpainting") / "unet/config.json"
     crossed.write_text(crossed.read_text().replace('"in_channels": 4', '"in_channels": 9'))
+    torch.save(torch.ones(3), folder / "bare.bin")
     (folder / "deep.toml").write_text("base = " + "[" * 100_000)
     os.mkfifo(folder / "pipe.toml")
     layer = "unet.up_blocks.0.attentions.0.proj_in"
@@ -161,6 +162,7 @@ RECIPES = {
     "flow": '[sampling]\nscheduler = "FlowMatchEulerDiscreteScheduler"',
     "sde": '[sampling]\nscheduler = "DPMSolverSDEScheduler"',
     "nothing": 'weights = "empty"',
+    "bare_unet": '[unet]\nfile = "bare.bin"',
 }
 USAGE = [
     Row("", 2, "the following arguments are required: TASK; ./run.sh --help says more"),
@@ -263,6 +265,7 @@ JOB = [
     Row("tiny.toml --model lora_third.toml", 4, "another layout: there is no network for its text_encoder_3.x.lora_A"),
     Row("tiny.toml --model lora_vector.toml", 4, "is a LoRA for another layout: its up_blocks.0.attentions.0.proj_in"),
     Row("tiny.toml --model lora_block.toml", 4, "is a LoRA for another layout: its up_blocks.0.attentions.0 does not"),
+    Row("tiny.toml --model bare_unet.toml", 4, "it holds other things than tensors by their names"),
     Row("tiny.toml --model nothing.toml", 4, "empty holds nothing in place of the base's: name its folders text_enc"),
     Row("tiny.toml --model crossed", 4, "crossed/unet is the UNet of another layout than crossed/text_encoder and"),
     Row("tiny.toml --model inpainting", 4, "inpainting/unet takes 9 channels, as for inpainting"),

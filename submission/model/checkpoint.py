@@ -238,11 +238,16 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     import torch  # noqa: PLC0415  # slow to import, and few checkpoints need it here
 
     try:
-        tensors = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+        # What torch wrote before version 1.6 is no zip, and is read whole.
+        tensors = torch.load(file, map_location="meta", mmap=zipfile.is_zipfile(file), weights_only=True)
     except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(first_line(error)) from error
     except Exception as error:  # pickle.UnpicklingError, and whatever a hostile pickle makes of the reader
         raise ValueError("it holds other things than tensors, which may run code when they are read") from error
+    while isinstance(tensors, dict) and "state_dict" in tensors:  # beside what trainers keep, as libraries read it
+        tensors = tensors["state_dict"]
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ValueError("it holds other things than tensors by their names")
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 

@@ -132,6 +132,17 @@ def test_a_scheduler_and_tokenizers_may_differ_too(folder: Path, tmp_path: Path)
     )
 
 
+@pytest.mark.parametrize("form", ["nested", "older"])
+def test_a_unet_as_trainers_save_it(form: str, folder: Path, tmp_path: Path) -> None:
+    """Beside what else they keep, or as torch saved it before 1.6."""
+    weights = {name: weight + 1 for name, weight in make_pipeline().unet.state_dict().items()}
+    content = {"state_dict": weights, "epoch": 3} if form == "nested" else weights
+    torch.save(content, tmp_path / "unet.bin", _use_new_zipfile_serialization=form == "nested")
+    recipe = replace(plain(folder, Sampling(steps=1)), unet=Part(str(tmp_path / "unet.bin")))
+    unet = pipeline.load_unet(inspect_recipe(recipe, "test"), CPU, torch.float32)
+    assert all(torch.equal(weight, weights[name]) for name, weight in unet.state_dict().items())
+
+
 def test_both_forms_of_vocabulary_are_read_alike(folder: Path, tmp_path: Path) -> None:
     """SDXL-Turbo has vocab.json and merges.txt, newer libraries save tokenizer.json."""
     copy = Path(shutil.copytree(folder, tmp_path / "copy"))
