@@ -6,12 +6,13 @@ The image is built with it, before the rest of the code is there: it needs nothi
 checkpoints in `submission/model/`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from submission.arguments import Parser, exit_code_of
 from submission.errors import CheckpointError, OutputError, UsageError
-from submission.model.checkpoint import Checkpoint, inspect_recipe, weight_digests
+from submission.model.checkpoint import Checkpoint, inspect_recipe, published_digests, weight_digests
 from submission.model.choice import COMPONENTS, PROJECT, SDXL_TURBO, in_folder, without
 from submission.model.hub import fetch, fetch_part, file_sizes, wanted
 from submission.model.recipe import Recipe, load_recipe, recipe_names
@@ -59,8 +60,7 @@ def fetch_weights(name: str, folder: Path | None) -> None:
     except CheckpointError as error:
         print(f"{error}; fetching what is missing of {recipe.name}", flush=True)
         found = _complete(recipe, folder)
-    parts = {part.file: part.sha256 for part in (recipe.unet, recipe.lora) if part and part.sha256}
-    _check(weight_digests(found), folder, {**recipe.sha256, **parts})
+    _check(weight_digests(found), folder, published_digests(found))
 
 
 def _complete(recipe: Recipe, folder: Path) -> Checkpoint:
@@ -80,8 +80,7 @@ def _complete(recipe: Recipe, folder: Path) -> Checkpoint:
 def _check(digests: Mapping[str, str], folder: Path, published: Mapping[str, str]) -> None:
     """Holds weights to what is published of them, or was written down before, and writes down what is new."""
     sums = folder / SUMS
-    lines = sums.read_text("utf-8").splitlines() if sums.exists() else []
-    kept = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    kept = _read_sums(sums)
     for name, digest in digests.items():
         if name in published and digest != published[name]:
             raise CheckpointError(
@@ -93,7 +92,22 @@ def _check(digests: Mapping[str, str], folder: Path, published: Mapping[str, str
             )
         print(f"{folder / name}: {'as published' if name in published else f'SHA-256 {digest}'}", flush=True)
     if new := {name: digest for name, digest in digests.items() if name not in published | kept.keys()}:
+        folder.mkdir(parents=True, exist_ok=True)  # all may lie elsewhere
         sums.write_text("".join(f"{digest}  {name}\n" for name, digest in (kept | new).items()), "utf-8")
+
+
+def _read_sums(file: Path) -> dict[str, str]:
+    """Digests by files, as sha256sum writes them, too: with an asterisk for files that it has read as binary."""
+    try:
+        lines = file.read_text("utf-8").splitlines() if file.exists() else []
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is damaged ({error}): remove it, and what is there is written down") from error
+    kept = {}
+    for number, line in enumerate(lines, 1):
+        if not (match := re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)):
+            raise CheckpointError(f"{file}:{number}: no digest of a file: remove it, and what is there is written down")
+        kept[match[2]] = match[1]
+    return kept
 
 
 if __name__ == "__main__":

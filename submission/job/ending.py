@@ -99,6 +99,8 @@ class Ending:
             self._files.draw_sheet()
             if self._digests.wait(HASH_PATIENCE) is None:
                 log.warn("the checkpoint's SHA-256 was not ready in time and is missing from the manifest")
+            for file in self._digests.others():
+                log.warn(f"{file} is another file than the model's recipe names: its SHA-256 is not the published one")
             self._files.write_manifest()
         copies = f"the rest {request.pda} copies" if extent.rounds < extent.ipc else "no copies"
         left = max(0.0, plan.budget.left)  # the deadline may be past where other tasks follow

@@ -185,16 +185,29 @@ def inspect_recipe(recipe: Recipe, source: str) -> Checkpoint:
 
 
 def weight_digests(checkpoint: Checkpoint) -> dict[str, str]:
-    """SHA-256 of every weight file, by its path inside the checkpoint, or its name where it is elsewhere.
+    """SHA-256 of every weight file, by its path inside the checkpoint, or all of its path where it is elsewhere: of the
+    components in another folder several have the same name.
 
     Reads the files whole: seconds for SDXL.
     """
     digests = {}
     for file in _all_files(checkpoint):
-        name = file.relative_to(checkpoint.path) if file.is_relative_to(checkpoint.path) else file.name
         with file.open("rb") as stream:
-            digests[str(name)] = hashlib.file_digest(stream, "sha256").hexdigest()
+            digests[_name(checkpoint, file)] = hashlib.file_digest(stream, "sha256").hexdigest()
     return digests
+
+
+def not_as_published(checkpoint: Checkpoint, digests: Mapping[str, str]) -> list[str]:
+    """Of weight files with these digests (`weight_digests`), those that are others than their recipe says."""
+    published = published_digests(checkpoint)
+    return [name for name, digest in digests.items() if published.get(name, digest) != digest]
+
+
+def published_digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a recipe knows of its weight files' SHA-256, by their names as `weight_digests` has them."""
+    recipe = checkpoint.recipe
+    parts = [part for part in (recipe.unet, recipe.lora) if part and part.sha256]
+    return {**recipe.sha256, **{_name(checkpoint, Path(part.file)): str(part.sha256) for part in parts}}
 
 
 def read_ahead(checkpoint: Checkpoint) -> None:
@@ -249,6 +262,10 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ValueError("it holds other things than tensors by their names")
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _name(checkpoint: Checkpoint, file: Path) -> str:
+    return str(file.relative_to(checkpoint.path) if file.is_relative_to(checkpoint.path) else file)
 
 
 def _all_files(checkpoint: Checkpoint) -> list[Path]:

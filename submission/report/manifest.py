@@ -5,7 +5,7 @@ import platform
 import sys
 import threading
 
-from submission.model.checkpoint import Checkpoint, weight_digests
+from submission.model.checkpoint import Checkpoint, not_as_published, weight_digests
 from submission.model.choice import recognise
 
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "safetensors")
@@ -27,6 +27,10 @@ class Digests:
         """The digests by file, or None if they are not known after so many more seconds."""
         self._thread.join(seconds)
         return self._files
+
+    def others(self) -> list[str]:
+        """The files, as far as these are known, that are not those which the model's recipe names."""
+        return not_as_published(self._checkpoint, self.wait(0) or {})
 
     def facts(self) -> dict[str, object]:
         """Which checkpoint it is."""

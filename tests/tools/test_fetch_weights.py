@@ -1,5 +1,6 @@
 """A recipe's files are fetched once, at the pinned revision, none that is not used, and no others pass for them."""
 
+import hashlib
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,42 @@ def test_nothing_is_fetched_that_is_not_used_and_what_is_unknown_is_written_down
     (folder / "unet.safetensors").write_bytes(content)
     assert fetch_weights.main([str(parted), str(folder)]) == 4
     assert "unet.safetensors is another file than when it was fetched" in capsys.readouterr().err
+
+
+def test_what_is_kept_may_be_as_sha256sum_writes_it(parted: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "weights"
+    assert fetch_weights.main([str(parted), str(folder)]) == 0
+    sums = folder / "SHA256SUMS"
+    lines = sums.read_text().splitlines()
+    sums.write_text("".join(f"{line.replace('  ', ' *')}\r\n" for line in lines))
+    assert fetch_weights.main([str(parted), str(folder)]) == 0
+    sums.write_text(f"{'0' * 64}{lines[0][64:]}\n")
+    assert fetch_weights.main([str(parted), str(folder)]) == 4
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"12 unet.safetensors\n"])
+def test_damaged_sums_are_said(
+    content: bytes, parted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "weights"
+    assert fetch_weights.main([str(parted), str(folder)]) == 0
+    (folder / "SHA256SUMS").write_bytes(content)
+    assert fetch_weights.main([str(parted), str(folder)]) == 4
+    assert "SHA256SUMS" in (said := capsys.readouterr().err) and "remove it, and what is there is written down" in said
+
+
+def test_a_file_that_lies_elsewhere_is_held_to_its_digest(
+    checkpoint_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "parts").mkdir()
+    unet = shutil.copy(checkpoint_folder / "unet/diffusion_pytorch_model.fp16.safetensors", tmp_path / "parts/unet.sft")
+    file = tmp_path / "mine.toml"
+    text = f'base = "{checkpoint_folder}"\n[unet]\nfile = "parts/unet.sft"\nsha256 = "{{}}"\n'
+    file.write_text(text.format(hashlib.sha256(Path(unet).read_bytes()).hexdigest()))
+    assert fetch_weights.main([str(file), str(tmp_path / "new")]) == 0
+    file.write_text(text.format("0" * 64))
+    assert fetch_weights.main([str(file), str(tmp_path / "new")]) == 4
+    assert f"error: {tmp_path}/parts/unet.sft is not the file as published" in capsys.readouterr().err
 
 
 def test_a_folder_alone_gets_sdxl_turbo(

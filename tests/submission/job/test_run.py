@@ -1,5 +1,6 @@
 """The job as users run it: through the command line, on real checkpoints, with real files and signals."""
 
+import hashlib
 import json
 import os
 import re
@@ -144,6 +145,15 @@ def test_a_file_that_is_replaced_and_classes_the_model_does_not_know_are_said(
     run("--max-ipc", "1")
     assert "out/tiny.pt is there already, and is replaced once a round is done" in capsys.readouterr().out
     assert "the embedded model knows" in json.loads((tmp_path / "out/tiny.json").read_text())["warnings"][0]
+
+
+def test_another_file_than_the_recipe_names_is_a_warning(run: Run, checkpoint_folder: Path, tmp_path: Path) -> None:
+    file = "unet/diffusion_pytorch_model.fp16.safetensors"
+    for digest in ("0" * 64, hashlib.sha256((checkpoint_folder / file).read_bytes()).hexdigest()):
+        (tmp_path / "mine.toml").write_text(f'base = "{checkpoint_folder}"\n[sha256]\n"{file}" = "{digest}"\n')
+        run("--model", str(tmp_path / "mine.toml"), "--max-ipc", "1")
+        warnings = json.loads((tmp_path / "out/tiny.json").read_text())["warnings"]
+        assert [file in one for one in warnings] == [True] * (digest == "0" * 64)
 
 
 def test_batches_keep_to_the_memory_that_was_said(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,12 @@ import torch
 from submission.errors import CheckpointError
 from submission.log import Log
 from submission.model import checkpoint
-from submission.model.checkpoint import inspect, weight_digests
+from submission.model.checkpoint import inspect, inspect_recipe, plain, weight_digests
 from submission.model.choice import ModelRequest, choose, recognise
 from submission.model.generator import load_generator
 from submission.model.image_spec import ImageSpec
 from submission.model.pipeline import encode_prompts
-from submission.model.recipe import load_recipe
+from submission.model.recipe import Sampling, load_recipe
 from submission.plan.budget import start_budget
 from submission.tasks import load_task
 from tests.conftest import make_pipeline
@@ -171,6 +172,19 @@ def test_the_identity_follows_the_weights(copy: Path) -> None:
     file.write_bytes(content)
     after = weight_digests(inspect(copy, "test"))
     assert {name for name in before if before[name] != after[name]} == {"vae/diffusion_pytorch_model.fp16.safetensors"}
+
+
+def test_files_of_one_name_are_told_apart(copy: Path, checkpoint_folder: Path) -> None:
+    """Those of both text encoders, in a folder of what differs from a base."""
+    for component in ("unet", "vae"):
+        shutil.rmtree(copy / component)
+    found = inspect_recipe(replace(plain(checkpoint_folder, Sampling()), weights=copy), "test")
+    assert set(weight_digests(found)) == {
+        str(copy / "text_encoder/model.fp16.safetensors"),
+        str(copy / "text_encoder_2/model.fp16.safetensors"),
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    }
 
 
 def test_sdxl_turbo_is_recognised_by_all_of_its_weights() -> None:
