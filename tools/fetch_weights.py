@@ -13,7 +13,7 @@ from pathlib import Path
 from submission.arguments import Parser, exit_code_of
 from submission.errors import CheckpointError, OutputError, UsageError
 from submission.model.checkpoint import Checkpoint, inspect_recipe, published_digests, weight_digests
-from submission.model.choice import COMPONENTS, PROJECT, SDXL_TURBO, in_folder, without
+from submission.model.choice import COMPONENTS, SDXL_TURBO, in_folder, models_folder, without
 from submission.model.hub import fetch, fetch_part, file_sizes, wanted
 from submission.model.recipe import Recipe, load_recipe, recipe_names
 
@@ -52,7 +52,7 @@ def fetch_weights(name: str, folder: Path | None) -> None:
     Raises UsageError, CheckpointError, OSError.
     """
     recipe = load_recipe(name)
-    folder = folder or PROJECT / "models" / recipe.name
+    folder = folder or models_folder(recipe)
     try:
         found = inspect_recipe(in_folder(recipe, folder), "fetch-weights")
     except UsageError:

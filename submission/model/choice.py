@@ -58,8 +58,8 @@ def choose(
 def localise(recipe: Recipe, root: Path = PROJECT, *, local_files_only: bool = False) -> Recipe:
     """The same recipe with all files here: in the project's `models/NAME`, where its base or a part says, in the hub's
     cache, or fetched, unless `local_files_only`. Raises CheckpointError."""
-    own = root / "models" / recipe.name
-    if os.path.lexists(own):
+    own = models_folder(recipe, root) if of_the_hub(recipe) else None
+    if own and os.path.lexists(own):
         if not own.is_dir():
             raise CheckpointError(f"{own} is no folder, or a link that leads nowhere: put the checkpoint there")
         return in_folder(recipe, own)
@@ -79,6 +79,22 @@ def localise(recipe: Recipe, root: Path = PROJECT, *, local_files_only: bool = F
         return replace(part, file=str(fetch_part(part, local_files_only=local_files_only)), repository=None)
 
     return replace(recipe, base=str(base), unet=here(recipe.unet), lora=here(recipe.lora))
+
+
+def of_the_hub(recipe: Recipe) -> bool:
+    """Whether some of its files are in the hub's repositories, wherever they may be here."""
+    return not Path(recipe.base).is_dir() or any(part and part.repository for part in (recipe.unet, recipe.lora))
+
+
+def models_folder(recipe: Recipe, root: Path = PROJECT) -> Path:
+    """`models/NAME`, where `fetch-weights` leaves a recipe's files. Raises UsageError where it is another recipe's."""
+    if recipe.name in recipe_names():
+        files = [(one.base, one.revision, one.unet, one.lora) for one in (recipe, load_recipe(recipe.name))]
+        if files[0] != files[1]:
+            raise UsageError(
+                f"{recipe.name}.toml: models/{recipe.name} is for the recipe of that name that comes along: rename it"
+            )
+    return root / "models" / recipe.name
 
 
 def without(recipe: Recipe) -> Sequence[str]:

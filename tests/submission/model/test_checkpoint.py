@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from submission.errors import CheckpointError
+from submission.errors import CheckpointError, UsageError
 from submission.log import Log
 from submission.model import checkpoint
 from submission.model.checkpoint import inspect, inspect_recipe, plain, weight_digests
@@ -185,6 +185,17 @@ def test_files_of_one_name_are_told_apart(copy: Path, checkpoint_folder: Path) -
         "unet/diffusion_pytorch_model.fp16.safetensors",
         "vae/diffusion_pytorch_model.fp16.safetensors",
     }
+
+
+def test_another_recipe_of_a_known_name_does_not_take_its_files(checkpoint_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/sd-turbo").symlink_to(checkpoint_folder)
+    file = tmp_path / "sd-turbo.toml"
+    file.write_text('base = "someone/other"\n')
+    with pytest.raises(UsageError, match="models/sd-turbo is for the recipe of that name that comes along: rename it"):
+        choose(ModelRequest(str(file)), cuda=False, environment={}, root=tmp_path)
+    file.write_text(f'base = "{checkpoint_folder}"\n')
+    assert choose(ModelRequest(str(file)), cuda=False, environment={}, root=tmp_path).path == checkpoint_folder
 
 
 def test_sdxl_turbo_is_recognised_by_all_of_its_weights() -> None:
