@@ -8,6 +8,7 @@ checkpoints in `submission/model/`.
 
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from submission.arguments import Parser, exit_code_of
@@ -41,7 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     options = build_parser().parse_args(arguments)
     named = options.recipe in recipe_names() or options.recipe.endswith(".toml")
-    if not named and options.folder is None:  # as it was before there were recipes: the folder alone
+    folder = "/" in options.recipe or Path(options.recipe).is_dir()
+    misspelt = not folder and get_close_matches(options.recipe, recipe_names())
+    if not named and options.folder is None and not misspelt:  # as it was before there were recipes: the folder alone
         options.recipe, options.folder = SDXL_TURBO, Path(options.recipe)
     return exit_code_of(lambda: fetch_weights(options.recipe, options.folder), file_error=OutputError)
 
@@ -51,6 +54,11 @@ def fetch_weights(name: str, folder: Path | None) -> None:
 
     Raises UsageError, CheckpointError, OSError.
     """
+    if name not in (known := recipe_names()) and not name.endswith(".toml"):
+        raise UsageError(
+            f"no recipe is called {name!r}: there are {', '.join(known)}, or give the path of a .toml file; "
+            f"./{name} is a folder for SDXL-Turbo"
+        )
     recipe = load_recipe(name)
     folder = folder or models_folder(recipe)
     try:

@@ -139,6 +139,14 @@ def test_a_file_that_lies_elsewhere_is_held_to_its_digest(
     assert f"error: {tmp_path}/parts/unet.sft is not the file as published" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments", [["sd-trubo"], ["nonsense", "folder"]])
+def test_a_name_that_is_misspelt_is_no_folder(
+    arguments: list[str], hub: list[object], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fetch_weights.main(arguments) == 2 and hub == []
+    assert f"error: no recipe is called {arguments[0]!r}: there are dmd2-sdxl" in capsys.readouterr().err
+
+
 def test_a_folder_alone_gets_sdxl_turbo(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub: list[object], capsys: pytest.CaptureFixture[str]
 ) -> None:
