@@ -1,19 +1,21 @@
 """Files of the hub's repositories: from its cache, or fetched, into that cache or a folder."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from textwrap import shorten
 
 from submission.errors import CheckpointError
+from submission.model.checkpoint import WEIGHTS
 from submission.model.recipe import Part
 
 # What is fetched beside weights: of a repository, and of each component.
 TEXTS = ("model_index.json", "training.json", "scheduler/*.json", "tokenizer/*", "tokenizer_2/*")
 CONFIGS = ("config.json", "*.index*.json")
-# Endings of weights, those in half precision first.
-ENDINGS = ((".fp16.safetensors", ".fp16-*.safetensors"), (".safetensors",))
+# Endings of weights, whole or in shards, those in half precision first. Others in a repository, such as `.non_ema`, are
+# not used.
+ENDINGS = ((".fp16.safetensors", ".fp16-*.safetensors"), (".safetensors", "-*.safetensors"))
 
 
 def fetch(
@@ -34,7 +36,7 @@ def fetch(
     found, missing = Path(), [component for component in components if component not in without]
     for endings in ENDINGS:
         patterns = [*TEXTS, *(f"{component}/{name}" for component in components for name in CONFIGS)]
-        patterns += [f"{component}/*{ending}" for component in missing for ending in endings]
+        patterns += [pattern for component in missing for pattern in _weights(component, endings)]
         with _hub(hub_id):
             from huggingface_hub import snapshot_download  # noqa: PLC0415  # slow to import, and only needed here
 
@@ -47,7 +49,7 @@ def fetch(
                     local_files_only=local_files_only,
                 )
             )
-        missing = [component for component in missing if not list((found / component).glob("*.safetensors"))]
+        missing = [one for one in missing if not any(list(found.glob(name)) for name in _weights(one, endings))]
         if not missing:
             break
     return found
@@ -75,11 +77,15 @@ def wanted(sizes: Mapping[str, int], components: Collection[str], without: Colle
     taken: dict[str, int] = {}
     for component in set(components) - set(without):
         for endings in ENDINGS:
-            names = [name for name in sizes for end in endings if fnmatch(name, f"{component}/*{end}")]
+            names = [name for name in sizes for pattern in _weights(component, endings) if fnmatch(name, pattern)]
             if names:
                 taken |= {name: sizes[name] for name in names}
                 break
     return taken
+
+
+def _weights(component: str, endings: Sequence[str]) -> list[str]:
+    return [f"{component}/{WEIGHTS[component]}{ending}" for ending in endings]
 
 
 def file_sizes(hub_id: str, revision: str | None) -> dict[str, int]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from submission.model.checkpoint import inspect, weight_digests
+from submission.model.checkpoint import WEIGHTS, inspect, weight_digests
+from submission.model.hub import wanted
 from submission.model.recipe import load_recipe
 from tools import fetch_weights
 
@@ -145,6 +146,32 @@ def test_a_name_that_is_misspelt_is_no_folder(
 ) -> None:
     assert fetch_weights.main(arguments) == 2 and hub == []
     assert f"error: no recipe is called {arguments[0]!r}: there are dmd2-sdxl" in capsys.readouterr().err
+
+
+def test_of_several_weights_those_that_are_used_are_fetched(
+    monkeypatch: pytest.MonkeyPatch, copy: Path, parted: Path, tmp_path: Path
+) -> None:
+    """Repositories have them in formats, precisions and states of training that nothing here reads."""
+    for file in copy.rglob("*.fp16.safetensors"):
+        file.rename(file.with_name(file.name.replace(".fp16", "")))
+    shutil.copy(
+        copy / "vae/diffusion_pytorch_model.safetensors", copy / "vae/diffusion_pytorch_model.non_ema.safetensors"
+    )
+    sizes = {str(file.relative_to(copy)): 1 for file in copy.rglob("*") if file.is_file()}
+    used = {f"{one}/{WEIGHTS[one]}.safetensors" for one in ("text_encoder", "text_encoder_2", "vae")}
+    assert wanted(sizes, tuple(WEIGHTS), ["unet"]).keys() == used
+
+    def download(_: str, *, local_dir: Path, allow_patterns: list[str], **__: object) -> str:
+        for name in sizes:
+            if any(Path(name).match(pattern) for pattern in allow_patterns):
+                (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(copy / name, local_dir / name)
+        return str(local_dir)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert fetch_weights.main([str(parted), str(tmp_path / "weights")]) == 0
+    fetched = {str(file.relative_to(tmp_path / "weights")) for file in (tmp_path / "weights").rglob("*.safetensors")}
+    assert fetched == used | {"unet.safetensors"}
 
 
 def test_a_folder_alone_gets_sdxl_turbo(
