@@ -178,7 +178,7 @@ def _run(options: argparse.Namespace, process_start: float, prepare: "Prepare | 
         if processes > 1:
             here = "this one drives all devices of this machine, the others leave"
             log.say(f"started as {processes} processes: {here}")
-        return [_request(options, task, tuple(names)) for task in tasks]
+        return [_request(options, task, tasks) for task in tasks]
 
     with importing():
         from submission.job.sequence import run_in_turn  # noqa: PLC0415  # slow to import
@@ -187,7 +187,7 @@ def _run(options: argparse.Namespace, process_start: float, prepare: "Prepare | 
     return run_in_turn(tasks, ask, allowance, options.log or default_style(), prepare, debug=options.debug)
 
 
-def _request(options: argparse.Namespace, task: Task, names: tuple[str, ...]) -> "JobRequest":
+def _request(options: argparse.Namespace, task: Task, tasks: "Sequence[Task]") -> "JobRequest":
     # These take seconds to import, and wrong usage should be said at once.
     from submission.model.choice import ModelRequest  # noqa: PLC0415
     from submission.model.decoder import RUNGS  # noqa: PLC0415  # slow to import
@@ -200,7 +200,7 @@ def _request(options: argparse.Namespace, task: Task, names: tuple[str, ...]) ->
     kind, count = options.devices
     style = options.prompts
     if isinstance(style, Path):
-        task, style = replace(task, own_prompts=parse_prompts(style, task)), "own"
+        task, style = replace(task, own_prompts=parse_prompts(style, task, tasks)), "own"
     return JobRequest(
         image=ImageSpec(task, style, options.seed, options.resolution, options.decoder),
         model=ModelRequest(options.model, options.steps, options.guidance),
@@ -213,5 +213,5 @@ def _request(options: argparse.Namespace, task: Task, names: tuple[str, ...]) ->
             kind or options.device, count, options.cluster, options.batch_size, options.compile == "auto"
         ),
         resume=options.resume,
-        tasks=names,
+        tasks=tuple(one.name for one in tasks),
     )

@@ -98,6 +98,9 @@ def make_folder(folder: Path, checkpoint: Path) -> None:
         (folder / f"{name}.toml").write_text(f'base = "checkpoint"\n{text}\n')
     (folder / "prompts.toml").write_text('apple = ["red"]\nplum = ["blue"]\n')
     (folder / "pearl.toml").write_text('pearl = ["white"]\n')
+    (folder / "cafes.toml").write_text(TINY_TASK.replace('"tiny"', '"cafes"').replace('"plum"', '"café"'), "utf-8")
+    same = 'apple = ["a"]\npear = ["b"]\n"café" = ["c"]\n"cafe\N{COMBINING ACUTE ACCENT}" = ["d"]\n'
+    (folder / "same.toml").write_text(same, "utf-8")
     nested = shutil.copytree(checkpoint, folder / "nested") / "unet/config.json"
     nested.write_text("[" * 100_000)
     lists = {
@@ -240,6 +243,10 @@ USAGE = [
         Row("tiny.toml --model sde.toml", 2, "needs what is not installed: pip install torchsde"),
         marks=pytest.mark.skipif(importlib.util.find_spec("torchsde") is not None, reason="it is installed here"),
     ),
+    Row(
+        "cafes.toml --model checkpoint --prompts same.toml", 2, "same.toml:4: 'cafe\u0301' is there twice, in two forms"
+    ),
+    Row("tiny.toml cafes.toml --model checkpoint --prompts prompts.toml", 2, "no prompts for 1 classes of tiny"),
     Row("tiny.toml --model odd_size.toml", 2, "resolution 18 is no multiple of 4, which checkpoint needs"),
     Row("tiny.toml --model checkpoint --resolution 18", 2, "this checkpoint needs a multiple of 4"),
     Row("tiny.toml --model checkpoint --resolution 4194304", 2, "no memory for the model and its first images"),

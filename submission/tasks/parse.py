@@ -6,7 +6,7 @@ import math
 import re
 import tomllib
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,25 +101,29 @@ _CLASS_RULES: _Rules = {
 _CLASS_OPTIONAL = {"label", "described", "kind", "wnid"}
 
 
-def parse_prompts(path: Path, task: Task) -> dict[str, tuple[str, ...]]:
-    """A user's own prompts in a TOML file, `class = ["prompt", ...]`, one or more for every class of the task.
+def parse_prompts(path: Path, task: Task, tasks: Sequence[Task] = ()) -> dict[str, tuple[str, ...]]:
+    """A user's own prompts in a TOML file, `class = ["prompt", ...]`, one or more for every class of the task. It may
+    hold those of other `tasks` as well.
 
     Raises UsageError (`FILE:LINE: what is wrong`).
     """
     source, document = _read_document(path)
     names = {unicodedata.normalize("NFC", c.name): c.name for c in task.classes}
-    told = {unicodedata.normalize("NFC", key): key for key in document}
-    for name, key in told.items():
-        place = source.find(key, (0, len(source.text)))
-        if name not in names:
-            close = did_you_mean(difflib.get_close_matches(name, names, n=1))
+    known = {unicodedata.normalize("NFC", c.name) for one in (task, *tasks) for c in one.classes}
+    told: dict[str, str] = {}
+    for key, prompts in document.items():
+        place, name = source.find(key, (0, len(source.text))), unicodedata.normalize("NFC", key)
+        if name not in known:
+            close = did_you_mean(difflib.get_close_matches(name, known, n=1))
             raise source.refusal(place, f"{task.name} has no class {key!r}{close}")
-        prompts = document[key]
+        if name in told:
+            raise source.refusal(place, f"{key!r} is there twice, in two forms of Unicode that look the same")
+        told[name] = key
         if not isinstance(prompts, list) or not prompts or any(_text(prompt) for prompt in prompts):
             raise source.refusal(place, f"{key} must be a list of prompts, strings of one line, not empty")
     if missing := [name for name in names if name not in told]:
         raise UsageError(f"{path}: no prompts for {len(missing)} classes of {task.name}, the first is {missing[0]!r}")
-    return {names[name]: tuple(document[key]) for name, key in told.items()}
+    return {own: tuple(document[told[name]]) for name, own in names.items()}
 
 
 def parse_task(path: Path) -> Task:

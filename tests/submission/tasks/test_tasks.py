@@ -264,6 +264,17 @@ def test_prompts_of_ones_own(tmp_path: Path) -> None:
         parse_prompts(tmp_path / "prompts.toml", task)
 
 
+def test_one_file_of_prompts_for_several_tasks(tmp_path: Path) -> None:
+    (tmp_path / "my.toml").write_text(GOOD)
+    (tmp_path / "other.toml").write_text(GOOD.replace('name = "owl"', 'name = "bee"'))
+    (tmp_path / "prompts.toml").write_text('owl = ["o"]\ndog = ["d"]\nbee = ["b"]\nhouse_cat = ["c"]\n')
+    tasks = [load_task(str(tmp_path / name)) for name in ("my.toml", "other.toml")]
+    found = [parse_prompts(tmp_path / "prompts.toml", task, tasks) for task in tasks]
+    assert [set(prompts) for prompts in found] == [{"house_cat", "dog", "owl"}, {"house_cat", "dog", "bee"}]
+    with pytest.raises(UsageError, match=r"prompts\.toml:3: pets has no class 'bee'"):
+        parse_prompts(tmp_path / "prompts.toml", tasks[0])
+
+
 def test_diverse_prompts_without_phrasings_say_what_to_add(tmp_path: Path) -> None:
     path = tmp_path / "my.toml"
     path.write_text(GOOD_LONG)
