@@ -198,11 +198,11 @@ def _request(options: argparse.Namespace, task: Task, tasks: "Sequence[Task]") -
         known = ", ".join(("auto", *RUNGS))
         raise UsageError(f"argument --decoder: {options.decoder!r} is none of {known}; ./run.sh --help says more")
     kind, count = options.devices
-    style = options.prompts
-    if isinstance(style, Path):
-        task, style = replace(task, own_prompts=parse_prompts(style, task, tasks)), "own"
+    style, file = options.prompts, options.prompts if isinstance(options.prompts, Path) else None
+    if file:
+        task, style = replace(task, own_prompts=parse_prompts(file, task, tasks)), "own"
     return JobRequest(
-        image=ImageSpec(task, style, options.seed, options.resolution, options.decoder),
+        image=ImageSpec(task, style, options.seed, options.resolution, options.decoder, file),
         model=ModelRequest(options.model, options.steps, options.guidance),
         output=options.output,
         cap=options.max_ipc or task.max_ipc,

@@ -64,6 +64,9 @@ class JobRequest:
         return {
             "task": image.task.name,
             "model": self.model.name,
+            "steps": self.model.steps,
+            "guidance": list(self.model.guidance) if self.model.guidance else None,
+            "prompts_file": str(image.prompts_file) if image.prompts_file else None,
             "classes": len(image.task.classes),
             "size": image.task.size,
             "max_ipc": self.cap,
@@ -74,17 +77,23 @@ class JobRequest:
         }
 
     def facts(self, checkpoint: Checkpoint) -> dict[str, object]:
-        """What was asked for, and what the checkpoint makes of it, for the manifest."""
+        """What was asked for, and what the checkpoint makes of it, for the manifest. Raises CheckpointError."""
         sampling = checkpoint.sampling
+        identity = self.image.identity(checkpoint)
+        identity.pop("decoder")  # which may be `auto`: the manifest has the one that was taken
         return {
             **self.wishes,
             "prompts": self.image.style(checkpoint),
             "sampling": {
                 "scheduler": sampling.scheduler or checkpoint.configs["scheduler"].get("_class_name"),
+                "settings": dict(sampling.settings),
                 "steps": sampling.count,
                 "timesteps": list(sampling.timesteps),
                 "guidance": list(sampling.guidance),
+                "negative": sampling.negative,
+                "eta": sampling.eta,
             },
+            "identity": identity,
         }
 
     def file_spec(self, extent: Extent) -> FileSpec:

@@ -59,7 +59,8 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
         with open_spool(request, checkpoint, log) as spool:
             offer_temporary(spool.folder)
             composition = composition_that_fits(request, spool, log)
-            digests, history = Digests(checkpoint), History()
+            # Once: a checkpoint may be gone by the time of the last manifest.
+            asked, digests, history = request.facts(checkpoint), Digests(checkpoint), History()
             engine.load((prepare or loader)(request, checkpoint, engine, spool), lambda: budget.left)
             if not engine.alone:
                 try_writing(request)
@@ -73,7 +74,7 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
                 made["images_per_second"] = round(planner.images / seconds, 2)
                 made["peak_memory_bytes"] = max(made["peak_memory_bytes"], peak_memory())
                 return {
-                    **request.facts(checkpoint),
+                    **asked,
                     "ipc": extent.ipc,
                     "rounds": extent.rounds,
                     "resumed_rounds": spool.before,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from submission.errors import UsageError
@@ -16,7 +17,7 @@ class ImageSpec:
     """Images of a task's classes, asked for in the words of a prompt style, from noise of a seed.
 
     `prompts` None is the style that suits the checkpoint: `diverse` wherever that can be had, but for the embedded one,
-    which does not follow phrasings.
+    which does not follow phrasings. `prompts_file` is where `own` ones are from.
     `resolution` is the side of the canvas in pixels, None the checkpoint's own; `decoder` the way from latents to
     pixels, `auto` the one that is worth most on the device (`submission.model.calibration`).
     """
@@ -26,6 +27,7 @@ class ImageSpec:
     seed: int = 0
     resolution: int | None = None
     decoder: Rung | Literal["auto"] = "auto"
+    prompts_file: Path | None = None
 
     def canvas(self, checkpoint: Checkpoint) -> int:
         """The side of the canvas in pixels. Raises UsageError where the checkpoint cannot have it."""

@@ -128,21 +128,25 @@ def _picture(tiles: NDArray[np.float32]) -> str:
 
 def _command(manifest: Mapping[str, Any]) -> str:
     """What asks for the same images again."""
-    task = manifest["task"]
+    guidance, file = manifest["guidance"], manifest["prompts_file"]
     options = {
         "budget": f"{manifest['budget_seconds']:g}s",
         "model": manifest["model"],
+        "steps": manifest["steps"],
+        "guidance": guidance and ":".join(f"{strength:g}" for strength in guidance),
         "resolution": manifest["resolution"],
         "decoder": manifest["decoder"]["name"],
-        "prompts": manifest["prompts"],
+        "prompts": file or manifest["prompts"],
         "seed": manifest["seed"],
         "pda": manifest["pda"],
         "aug-per-image": manifest["copies_per_image"],
         "max-ipc": manifest["max_ipc"],
         "dtype": manifest["dtype"],
     }
-    words = ["./run.sh", task if task in builtin_names() else f"{task}.toml"]
-    return shlex.join([*words, *(f"--{name}={value}" for name, value in options.items())])
+    # A file of prompts may have those of all the run's tasks, and then of no fewer.
+    tasks = manifest["tasks"] if file else [manifest["task"]]
+    words = ["./run.sh", *(task if task in builtin_names() else f"{task}.toml" for task in tasks)]
+    return shlex.join([*words, *(f"--{name}={value}" for name, value in options.items() if value is not None)])
 
 
 def _sha256(text: str) -> str:

@@ -180,6 +180,26 @@ def test_a_file_that_was_asked_for_otherwise_is_made_anew(tmp_path: Path, tasks:
     assert said(output).count("complete before this run") == 2
 
 
+def test_what_the_words_and_the_model_say_counts_too(tmp_path: Path, checkpoint_folder: Path) -> None:
+    """Not only the names of their files."""
+    task, prompts, recipe = (tmp_path / f"{name}.toml" for name in ("tiny", "words", "recipe"))
+    task.write_text(TINY_TASK)
+    twin = tmp_path / "twin.toml"
+    twin.write_text(TINY_TASK.replace('"tiny"', '"twin"'))
+    words = 'apple = ["a"]\npear = ["b"]\nplum = ["{}"]\n'
+    model = f'base = "{checkpoint_folder}"\n[sampling]\nscheduler = "TCDScheduler"\nsteps = 2\neta = {{}}\n'
+    options = ("--max-ipc", "1", "--prompts", str(prompts), "--model", str(recipe), "--resume")
+    left = []
+    for word, eta in (("c", 1.0), ("c", 1.0), ("d", 1.0), ("d", 0.5)):
+        prompts.write_text(words.format(word))
+        recipe.write_text(model.format(eta))
+        assert end(forked.start(tmp_path / "out", *options, tasks=[str(task), str(twin)])) == 0, said(tmp_path / "out")
+        left.append(said(tmp_path / "out").count("complete before this run"))
+    assert left == [0, 2, 2, 2], "in all"
+    manifest = check(tmp_path / "out", str(twin))
+    assert manifest["prompts_file"] == str(prompts) and manifest["sampling"]["eta"] == 0.5
+
+
 def test_a_task_that_fails_keeps_no_other_from_being_made(tmp_path: Path, tasks: tuple[str, str]) -> None:
     output, options = tmp_path / "out", ("--max-ipc", "2", "--batch-size", "100")
     process = forked.start(output, *options, tasks=tasks, device=forked.no_model_for_the_first)

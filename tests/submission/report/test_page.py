@@ -4,6 +4,8 @@ import base64
 import hashlib
 import io
 import json
+import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -112,6 +114,16 @@ def test_it_tells_what_was_asked_and_what_happened(made: Made) -> None:
     assert f"torch {made.manifest['versions']['torch']}" in page.text
     assert all(digest in page.text for digest in made.manifest["checkpoint"]["sha256"].values())
     assert "./run.sh pets.toml --budget=600s" in page.text and "--seed=0" in page.text
+
+
+def test_the_command_asks_for_what_was_asked_for(made: Made) -> None:
+    assert not {"--steps", "--guidance"} & set(Elements(made.page.read_text()).text.split("="))
+    of_one: dict[str, Any] = {"steps": 4, "guidance": [1.0, 3.0], "prompts": "own", "prompts_file": "my words.toml"}
+    text = Elements(made.page_with(**of_one, tasks=["cifar100", "pets"])).text
+    (command,) = re.findall(r"\./run\.sh .*", text)
+    options = cli.build_parser().parse_args(shlex.split(command)[1:])
+    assert options.tasks == ["cifar100", "pets.toml"], "whose prompts are in the same file"
+    assert (options.steps, options.guidance, options.prompts) == (4, (1.0, 3.0), Path("my words.toml"))
 
 
 def test_the_page_needs_no_other_file(made: Made) -> None:
