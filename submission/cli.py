@@ -68,7 +68,7 @@ def build_parser() -> Parser:
     time_limit = parser.add_mutually_exclusive_group()
     time_limit.add_argument(
         "--budget",
-        default=os.environ.get("BANKO_BUDGET", "10m"),
+        default=os.environ.get("BANKO_BUDGET") or "10m",
         metavar="TIME",
         help="for each task: 600 (seconds), 90s or 10m, from process start to exit, for later tasks from their turn on "
         "(default: $BANKO_BUDGET, else 10m)",
@@ -153,7 +153,8 @@ def main(
 ) -> int:
     """Runs the command line and returns the exit code. `process_start` is in Unix seconds; `submission.job.run` says
     what `prepare` is for."""
-    options = build_parser().parse_args(arguments)
+    # Tasks may stand on both sides of options.
+    options = build_parser().parse_intermixed_args(arguments)
     return exit_code_of(
         lambda: _run(options, process_start or time.time(), prepare), debug=options.debug, file_error=OutputError
     )
