@@ -117,6 +117,18 @@ def build_parser() -> Parser:
         "an autoencoder beside the checkpoint; vae, the checkpoint's own; auto: by pace and fidelity",
     )
     add("--max-ipc", type=number_from(1), metavar="N", help="images per class at most (default: the task's, 500)")
+    add(
+        "--select",
+        choices=("auto", "none"),
+        default="none",
+        help="none: the images made first; auto: those chosen from a pool, which grows as long as time allows",
+    )
+    add(
+        "--pool",
+        type=number_from(1),
+        metavar="N",
+        help="choose from so many rounds at most (default: none, with --select auto as time allows)",
+    )
     add("--seed", type=number_from(0), default=0, metavar="N", help="of all that is random")
     add("--batch-size", type=batch_size, metavar="N", help="images made at a time (default: auto, what measures best)")
     add("--compile", choices=("auto", "never"), default="auto", help="compile the model, on a GPU where that pays back")
@@ -193,7 +205,8 @@ def _request(options: argparse.Namespace, task: Task, tasks: "Sequence[Task]") -
     from submission.model.choice import ModelRequest  # noqa: PLC0415
     from submission.model.decoder import RUNGS  # noqa: PLC0415  # slow to import
     from submission.model.image_spec import ImageSpec  # noqa: PLC0415
-    from submission.request import DeviceRequest, JobRequest  # noqa: PLC0415
+    from submission.plan.estimates import Composition  # noqa: PLC0415
+    from submission.request import MOST_POOL, DeviceRequest, JobRequest  # noqa: PLC0415
 
     if options.decoder not in ("auto", *RUNGS):
         known = ", ".join(("auto", *RUNGS))
@@ -206,8 +219,12 @@ def _request(options: argparse.Namespace, task: Task, tasks: "Sequence[Task]") -
         image=ImageSpec(task, style, options.seed, options.resolution, options.decoder, file),
         model=ModelRequest(options.model, options.steps, options.guidance),
         output=options.output,
-        cap=options.max_ipc or task.max_ipc,
-        copies=options.aug_per_image,
+        composition=Composition(
+            len(task.classes),
+            0 if options.pda == "none" else options.aug_per_image,
+            cap=options.max_ipc or task.max_ipc,
+            pool=options.pool or (MOST_POOL if options.select == "auto" else 0),
+        ),
         pda=options.pda,
         dtype=options.dtype,
         devices=DeviceRequest(

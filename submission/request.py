@@ -12,6 +12,9 @@ from submission.model.choice import ModelRequest
 from submission.model.image_spec import ImageSpec
 from submission.plan.estimates import Composition, Extent
 
+# Rounds that images are chosen from at most, unless more are asked for: features of a class are held in memory.
+MOST_POOL = 10_000
+
 
 @dataclass(frozen=True)
 class DeviceRequest:
@@ -30,24 +33,18 @@ class DeviceRequest:
 
 @dataclass(frozen=True)
 class JobRequest:
-    """Which images, by which model, and the file: at most `copies` per image and `cap` images per class, `dtype` of
-    its numbers. `resume` goes on from the rounds of an interrupted run. `tasks` are the names of all that the run is
-    asked for."""
+    """Which images, by which model, and the file: its composition at most, and `dtype` of its numbers. `resume` goes on
+    from the rounds of an interrupted run. `tasks` are the names of all that the run is asked for."""
 
     image: ImageSpec
     model: ModelRequest
     output: Path
-    cap: int
-    copies: int
+    composition: Composition
     pda: PdaStyle
     dtype: str
     devices: DeviceRequest
     resume: bool = False
     tasks: tuple[str, ...] = ()
-
-    @property
-    def composition(self) -> Composition:
-        return Composition(len(self.image.task.classes), 0 if self.pda == "none" else self.copies, self.cap)
 
     @property
     def dataset(self) -> Path:
@@ -69,8 +66,9 @@ class JobRequest:
             "prompts_file": str(image.prompts_file) if image.prompts_file else None,
             "classes": len(image.task.classes),
             "size": image.task.size,
-            "max_ipc": self.cap,
+            "max_ipc": self.composition.cap,
             "copies_per_image": self.composition.copies,
+            "max_pool": self.composition.pool,
             "pda": self.pda,
             "seed": image.seed,
             "dtype": self.dtype,

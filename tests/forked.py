@@ -29,6 +29,7 @@ from torch import Tensor
 
 from submission import cli
 from submission.dataset.rounds import Spool
+from submission.dataset.selection import Selector
 from submission.engine import Engine, Load, Maker
 from submission.engine.maker import GeneratorMaker
 from submission.errors import CheckpointError
@@ -334,6 +335,24 @@ def jumping_clock() -> None:
 def small_files() -> None:
     """No file may be larger than 7 MB: the first of five images per class fits."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (7_000_000, 7_000_000))
+
+
+def slow_to_choose(seconds: float = 0.1) -> None:
+    """The features of a batch take their time."""
+    features = Selector.features
+
+    def slowly(self: Selector, images: NDArray[np.uint8]) -> Tensor:
+        print("choosing", flush=True)
+        time.sleep(seconds)
+        return features(self, images)
+
+    setattr(Selector, "features", slowly)  # noqa: B010
+    setattr(Selector, "seconds_per_image", lambda _: 1e-3)  # noqa: B010
+
+
+def endless_choosing() -> None:
+    """The features of the first batch never come."""
+    slow_to_choose(1000)
 
 
 def endless_report() -> None:

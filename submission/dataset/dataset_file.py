@@ -24,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
 from submission.dataset.augment import PdaStyle, augment
-from submission.dataset.rounds import Rounds
+from submission.dataset.rounds import Chosen, Rounds
 from submission.errors import OutputError, cannot_write
 from submission.machine.crowding import seconds_idle
 from submission.machine.disk import unfinished
@@ -59,7 +59,7 @@ class AbandonedError(Exception):
 
 def write_dataset(
     path: Path,
-    rounds: NDArray[np.uint8] | Rounds,
+    rounds: NDArray[np.uint8] | Rounds | Chosen,
     spec: FileSpec,
     check: Callable[[float], None] = lambda _: None,
     *,
@@ -166,7 +166,7 @@ def mean_and_std(task: Task) -> tuple[Tensor, Tensor]:
     return torch.tensor(task.mean).view(3, 1, 1), torch.tensor(task.std).view(3, 1, 1)
 
 
-def _chunk(rounds: NDArray[np.uint8] | Rounds, spec: FileSpec, positions: NDArray[np.int64]) -> Tensor:
+def _chunk(rounds: NDArray[np.uint8] | Rounds | Chosen, spec: FileSpec, positions: NDArray[np.int64]) -> Tensor:
     """The images at those positions [n] of the file, normalised [n, 3, H, W]."""
     mean, std = mean_and_std(spec.task)
     labels, within = np.divmod(positions, spec.ipc)

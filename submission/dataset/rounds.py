@@ -57,6 +57,21 @@ class Rounds:
         return Rounds(self.descriptor, self.offsets[:count], self.shape)
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """A choice from a pool, indexed like its rounds: image k of class c is that of round `numbers[k, c]`."""
+
+    pool: Rounds
+    numbers: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: tuple[NDArray[np.int64], NDArray[np.int64]]) -> NDArray[np.uint8]:
+        places, labels = index
+        return self.pool[self.numbers[places, labels], labels]
+
+
 def prepare_spool(folder: Path, classes: int, size: int, identity: Mapping[str, str], *, resume: bool) -> int:
     """Makes an empty spool, or with `resume` keeps the rounds of a run before. Returns how many there are or were.
 

@@ -93,8 +93,8 @@ class Ending:
         extent, ready = plan.in_place, plan.composition.ipc(spool.count)
         if extent.ipc < ready:
             log.warn(f"there was no time to write more than IPC {extent.ipc} of the {ready} that were ready")
-        elif extent.ipc == plan.composition.cap < request.cap:
-            log.warn(f"there was no room to write more than IPC {extent.ipc} of the {request.cap} allowed")
+        elif extent.ipc == plan.composition.cap < request.composition.cap:
+            log.warn(f"there was no room to write more than IPC {extent.ipc} of the {request.composition.cap} allowed")
         with log.phase("sheet and manifest"):
             self._files.draw_sheet()
             if self._digests.wait(HASH_PATIENCE) is None:
@@ -111,7 +111,7 @@ class Ending:
         if unused := idle_time(self._planner, self._sampling):
             log.say(unused)
         self.complete = True
-        if plan.budget.hurried and spool.count < plan.composition.cap:
+        if plan.budget.hurried and (plan.composition.pool or spool.count < plan.composition.cap):
             log.say(f"its {spool.count} rounds are kept in {spool.folder}: --resume goes on from them")
         else:
             spool.remove()

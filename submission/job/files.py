@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from submission.dataset.dataset_file import AbandonedError, write_dataset
-from submission.dataset.rounds import Spool
+from submission.dataset.rounds import Chosen, Spool
 from submission.errors import OutputError
 from submission.job.snapshots import SnapshotWriter
 from submission.log import Log
@@ -26,17 +27,20 @@ USABLE_ROOM = 0.95
 def composition_that_fits(request: JobRequest, spool: Spool, log: Log) -> Composition:
     """What was asked for, with a cap that the disk has room for; says how much of it that takes. Raises OutputError."""
     wanted, of_each = request.composition, bytes_per_ipc(request)
-    free = room(request.output) + spool.count * wanted.classes * 3 * request.image.task.size**2
+    of_round = wanted.classes * 3 * request.image.task.size**2
+    free = room(request.output) + spool.count * of_round
     fitting = int(USABLE_ROOM * free / of_each)
     if fitting < 1:
         raise no_room([request], free)
     cap = min(wanted.cap, fitting)
+    beyond = min(max(0, wanted.pool - cap), int((USABLE_ROOM * free - cap * of_each) / of_round))
     bounded = f", all there is room for of the {wanted.cap} allowed" if cap < wanted.cap else ""
+    chosen = f" chosen from up to {cap + beyond}" if beyond else ""
     log.say(
-        f"disk: at most {cap * of_each / 1e9:,.2f} GB in {request.output}, where "
-        f"{free / 1e9:,.2f} GB are free, for IPC {cap}{bounded}"
+        f"disk: at most {(cap * of_each + beyond * of_round) / 1e9:,.2f} GB in {request.output}, where "
+        f"{free / 1e9:,.2f} GB are free, for IPC {cap}{bounded}{chosen}"
     )
-    return replace(wanted, cap=cap)
+    return replace(wanted, cap=cap, pool=cap + beyond if beyond else 0)
 
 
 def check_place(request: JobRequest) -> None:
@@ -83,6 +87,8 @@ class JobFiles:
         self._writer = SnapshotWriter()
         self._placing = threading.RLock()
         self._sheet_drawn = False
+        self._choice: NDArray[np.int64] | None = None
+        self.chosen = False
 
     @property
     def writing(self) -> bool:
@@ -104,31 +110,41 @@ class JobFiles:
                 self._describe,
             )
 
+    def take(self, choice: NDArray[np.int64]) -> None:
+        """The last file is to hold the images of these rounds, int64 [images per class, classes]."""
+        self._choice = choice
+
     def write_last(self) -> None:
-        """Writes the last file, if there is more than in the one in place and time for it. Where it turns out too slow,
-        it is given up for a smaller one. Raises OutputError."""
-        plan, request = self.plan, self._request
+        """Writes the last file, if there is more than in the one in place, or a choice, and time for it. Where it turns
+        out too slow, it is given up for a smaller one. Raises OutputError."""
+        plan, request, choice = self.plan, self._request, self._choice
         self._writer.abandon()
         self._collect()
         self._check_folder()
-        while (extent := plan.last_file()) is not None and not plan.budget.late():
+        while (extent := plan.last_file(chosen=choice is not None)) is not None and not plan.budget.late():
             began = plan.budget.elapsed
 
             def check(fraction: float, extent: Extent = extent, began: float = began) -> None:
                 if plan.too_slow(extent, began, fraction):
                     raise AbandonedError
 
-            rounds = self.spool.read().first(extent.rounds)
+            first, chosen = self.spool.read().first(extent.rounds), choice is not None and extent == plan.whole
+            images = Chosen(self.spool.read(), choice) if choice is not None and chosen else first
             try:
-                write_dataset(request.dataset, rounds, request.file_spec(extent), check, placing=self._in_place(extent))
+                placing = self._in_place(extent, chosen=chosen)
+                write_dataset(request.dataset, images, request.file_spec(extent), check, placing=placing)
             except AbandonedError:
                 self._log.warn(f"writing IPC {extent.ipc} would end after the deadline: given up")
+            if chosen:
+                choice = None
 
     def draw_sheet(self) -> None:
         """The contact sheet, of the first round, once. Raises OutputError."""
         if not self._sheet_drawn:
             classes = self._request.image.task.classes[:MOST_CLASSES]
-            images = self.spool.read()[np.zeros(len(classes), np.int64), np.arange(len(classes))]
+            labels = np.arange(len(classes))
+            first = np.zeros(len(classes), np.int64) if self._choice is None else self._choice[0, labels]
+            images = self.spool.read()[first, labels]
             sheet = draw_contact_sheet(images, [c.name for c in classes])
             write_whole(self._request.dataset.with_suffix(".png"), sheet)
             self._sheet_drawn = True
@@ -153,11 +169,12 @@ class JobFiles:
         self.write_manifest()
 
     @contextmanager
-    def _in_place(self, extent: Extent) -> Iterator[None]:
+    def _in_place(self, extent: Extent, *, chosen: bool = False) -> Iterator[None]:
         """While the file of `extent` is put in place: nobody writes a manifest until it is known to be there."""
         with self._placing:
             yield
             self.plan.placed(extent)
+            self.chosen = chosen
 
     def _collect(self) -> None:
         """Tells the plan of a snapshot that was finished meanwhile. Raises OutputError where it failed."""

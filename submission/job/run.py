@@ -1,16 +1,19 @@
 """The story, top to bottom: a task and a budget go in, a dataset file comes out before the deadline."""
 
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from submission.dataset.dataset_file import write_dataset
 from submission.dataset.image_queue import ImageQueue
 from submission.dataset.rounds import Spool, prepare_spool, remove_if_empty
+from submission.dataset.selection import Selector
 from submission.engine import Engine, Load
 from submission.engine.alone import Alone
 from submission.engine.fleet import Fleet
@@ -64,10 +67,13 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
             engine.load((prepare or loader)(request, checkpoint, engine, spool), lambda: budget.left)
             if not engine.alone:
                 try_writing(request)
-            queue = ImageQueue(spool, composition.cap)
-            file_plan = plan_files(request, composition, budget, engine.seconds_to_close)
+            queue = ImageQueue(spool, composition.most_rounds)
+            selector = None
+            if composition.pool:
+                selector = Selector(request.image.task, torch.device(engine.placement.kind if engine.alone else "cpu"))
+            file_plan = plan_files(request, composition, budget, engine.seconds_to_close, selector)
             file_plan.grew(spool.count)
-            planner = Planner(file_plan, before=sum(number in spool for number in range(composition.cap)))
+            planner = Planner(file_plan, before=sum(number in spool for number in range(composition.most_rounds)))
 
             def manifest_of(extent: Extent) -> dict[str, object]:
                 made, seconds = planner.facts(), max(log.timings.get("generate", 0.0), 1e-9)
@@ -77,6 +83,7 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
                     **asked,
                     "ipc": extent.ipc,
                     "rounds": extent.rounds,
+                    "pool": spool.count if files.chosen else None,
                     "resumed_rounds": spool.before,
                     "tasks": request.tasks,
                     **made,
@@ -92,6 +99,8 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
             guard.serve(ending)
             try:
                 Generation(request.devices, engine, planner, queue, files, history, log).run(guard.stop)
+                if selector:
+                    choose_images(selector, files, guard.stop, log)
                 # Whoever holds this lock writes the last file. If the guard does, this waits until the process ends or,
                 # where other tasks follow, until the guard is done.
                 guard.last_file_lock.acquire()
@@ -101,6 +110,27 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
                 files.abandon()
             assert file_plan.in_place
             return file_plan.in_place
+
+
+def choose_images(selector: Selector, files: JobFiles, stop: threading.Event, log: Log) -> None:
+    """Has the last file's images chosen from the rounds there are, as far as time allows. Raises OutputError."""
+    plan, pool = files.plan, files.spool.read()
+    classes, cap = plan.composition.classes, plan.composition.cap
+    if len(pool) <= cap:
+        return
+
+    def go_on() -> bool:
+        files.keep_up()
+        return plan.time_to_choose and not stop.is_set()
+
+    with log.phase("choose images"):
+        numbers, chosen = selector.choose(pool, cap, go_on)
+    if not chosen:
+        return
+    files.take(numbers)
+    log.say(f"IPC {cap} chosen from {len(pool)} rounds")
+    if chosen < classes:
+        log.warn(f"no time to choose images of {classes - chosen} of {classes} classes: they have those made first")
 
 
 @contextmanager
@@ -175,7 +205,7 @@ def loader(request: JobRequest, checkpoint: Checkpoint, engine: Engine, spool: S
     """What a device does to get ready, in its own process; a run that is resumed has chosen its decoder."""
     loading = Loading(
         request.image,
-        request.cap,
+        request.composition.cap,
         checkpoint,
         fingerprint(checkpoint),
         checkpoint.path == EMBEDDED,
@@ -195,10 +225,15 @@ def try_writing(request: JobRequest) -> None:
         write_dataset(Path(folder) / "noise.pt", noise, request.file_spec(Extent(1, 1)), all_cores=False)
 
 
-def plan_files(request: JobRequest, composition: Composition, budget: Budget, to_close: float) -> FilePlan:
+def plan_files(
+    request: JobRequest, composition: Composition, budget: Budget, to_close: float, selector: Selector | None
+) -> FilePlan:
     """A plan that guesses what a file costs until one has been written. After the last one it takes so many seconds
     `to_close` the engine, and time for the report, where that is a small part of the budget."""
     values = 3 * request.image.task.size**2
     cost = FileCost(composition.classes, GUESSED_FIXED, GUESSED_VALUE * values, GUESSED_COPY * values)
     seconds = report_seconds(composition.classes)
-    return FilePlan(budget, composition, cost, to_close + (seconds if seconds <= REPORT_SHARE * budget.seconds else 0))
+    afterwards = to_close + (seconds if seconds <= REPORT_SHARE * budget.seconds else 0)
+    return FilePlan(
+        budget, composition, cost, afterwards, composition.classes * selector.seconds_per_image() if selector else 0.0
+    )

@@ -35,12 +35,18 @@ class Composition:
     """How rounds become images per class (IPC).
 
     A round is one image of each of the `classes`; an image has at most so many augmented `copies`; a class has at most
-    `cap` images.
+    `cap` images. Up to `pool` rounds are generated: the images are chosen from them where they are more than the cap.
     """
 
     classes: int
     copies: int
     cap: int
+    pool: int = 0
+
+    @property
+    def most_rounds(self) -> int:
+        """Beyond which nothing is generated."""
+        return max(self.cap, self.pool)
 
     def ipc(self, rounds: int) -> int:
         return min(self.cap, rounds * (1 + self.copies))

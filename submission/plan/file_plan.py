@@ -28,6 +28,9 @@ SNAPSHOT_CORE = 0.25
 WATCH_TRUST, WATCH_GAIN = 0.15, 1.1
 # Seconds by which the last file is begun earlier where the batch before it does not come back.
 STALL_RESERVE = 1.0
+# Choosing may take so many times as long as was measured. It ends so many seconds before the last file has to be begun,
+# lest the guard begin with it.
+CHOOSING_DOUBT, CHOOSING_MARGIN = 1.3, 2.0
 
 
 @dataclass
@@ -36,21 +39,23 @@ class FilePlan:
 
     `rounds` may be written now: the first ones, without a gap. `in_place` is what the file on disk holds, `spent` the
     seconds that snapshots have taken from generation. `afterwards` are the seconds reserved for what is made of the
-    last file once it is in place; a job that was told to stop gives them up.
+    last file once it is in place; a job that was told to stop gives them up. It takes `choosing` seconds per round to
+    choose from a pool.
     """
 
     budget: Budget
     composition: Composition
     cost: FileCost
     afterwards: float = 0.0
+    choosing: float = 0.0
     rounds: int = 0
     in_place: Extent | None = None
     spent: float = 0.0
 
     @property
     def whole(self) -> Extent:
-        """The file of all rounds there are."""
-        return self.composition.extent(self.rounds)
+        """The file of all rounds there are, where they are a pool of as many as there are images."""
+        return self.composition.extent(min(self.rounds, self.composition.cap))
 
     @property
     def closing_reserve(self) -> float:
@@ -59,9 +64,19 @@ class FilePlan:
             return CLOSING_SECONDS
         return CLOSING_SECONDS + CLOSING_SHARE * self.budget.seconds + self.afterwards
 
-    def reserve(self, extent: Extent) -> float:
-        """Cautious seconds from the last image of such a file to the deadline."""
-        return self.cost.bound(extent) + self.closing_reserve
+    def reserve(self, rounds: int) -> float:
+        """Cautious seconds from the last of so many rounds to the deadline."""
+        cap = self.composition.cap
+        choosing = 0.0
+        if rounds > cap and not self.budget.hurried:
+            choosing = CHOOSING_DOUBT * self.choosing * rounds + CHOOSING_MARGIN
+        return choosing + self.cost.bound(self.composition.extent(min(rounds, cap))) + self.closing_reserve
+
+    @property
+    def time_to_choose(self) -> bool:
+        """Whether the last file may wait for a better choice of its images."""
+        file = self.cost.bound(self.whole) + self.closing_reserve + CHOOSING_MARGIN
+        return not self.budget.hurried and self.budget.usable > file
 
     def grew(self, rounds: int) -> None:
         """So many rounds may be written now."""
@@ -83,7 +98,9 @@ class FilePlan:
         if not self.rounds or self.in_place is None:
             return extent if self.rounds else None
         growth = extent.rounds / self.in_place.rounds
-        if self._takes(extent) + LAST_STEP_AT * self.budget.seconds > self.budget.usable and growth >= LAST_STEP:
+        if self.rounds > self.composition.cap and growth > 1:  # no larger one comes, and choosing takes its time
+            fund = LAST_STEP_SHARE * self.budget.seconds
+        elif self._takes(extent) + LAST_STEP_AT * self.budget.seconds > self.budget.usable and growth >= LAST_STEP:
             fund = LAST_STEP_SHARE * self.budget.seconds
             if self.spent + self.cost.bound(extent) > fund:
                 extent = self._part(self._fitting(fund - self.spent))
@@ -96,16 +113,18 @@ class FilePlan:
         else:
             return None
         # One that could not be finished in time would be abandoned for the last file.
-        in_time = self._takes(extent) <= self.budget.usable - self.reserve(self.whole)
+        in_time = self._takes(extent) <= self.budget.usable - self.reserve(self.rounds)
         return extent if in_time and self.spent + self.cost.bound(extent) <= fund else None
 
-    def last_file(self) -> Extent | None:
+    def last_file(self, *, chosen: bool = False) -> Extent | None:
         """What to write last: all there is if it is expected to fit, else what surely does; None where the file in
-        place is no worse. With none in place, it is tried whatever the time."""
+        place is no worse, unless that of all there is has `chosen` images. With none in place, it is tried whatever the
+        time."""
         extent = self.whole
         if self.cost.mean(extent) > self._for_writing:
             extent = self._part(max(1, self._fitting(self._for_writing)))
-        if self.in_place and (extent.ipc, extent.rounds) <= (self.in_place.ipc, self.in_place.rounds):
+        better = chosen and extent == self.whole
+        if self.in_place and not better and (extent.ipc, extent.rounds) <= (self.in_place.ipc, self.in_place.rounds):
             return None
         return extent
 

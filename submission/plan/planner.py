@@ -86,7 +86,7 @@ class Planner:
     @property
     def done(self) -> bool:
         """Whether there are as many images as there may be."""
-        return self.total_images >= self.file_plan.composition.cap * self.file_plan.composition.classes
+        return self.total_images >= self.file_plan.composition.most_rounds * self.file_plan.composition.classes
 
     def expect(self, devices: int, batch_size: int | None) -> None:
         """There are to be so many devices, with batches of a fixed size or, with None, the one that measures best."""
@@ -98,12 +98,12 @@ class Planner:
         time, or there are none."""
         files, classes, now = self.file_plan, self.file_plan.composition.classes, self.budget.elapsed
         asked, left = self.total_images + self.in_hand, self.budget.usable
-        full = min(device.speed.batch_size.current, max(files.composition.cap * classes - asked, 0))
+        full = min(device.speed.batch_size.current, max(files.composition.most_rounds * classes - asked, 0))
         if files.rounds == 0 and device.speed.batches < BATCHES_BEFORE_GIVING_UP:
             return full
         if not device.speed.batches:  # it comes late, or the rounds are of a run before
             kept = FIRST_BATCH if self.paced else 0.0
-            return full if kept + files.reserve(files.whole) <= left else 0
+            return full if kept + files.reserve(files.rounds) <= left else 0
         missing = classes - asked % classes
         fastest = sum((1 if one.speed.batch_size.settled else BATCH_HOPE) / one.speed.fastest for one in self.paced)
         hopeful = missing / fastest + self._reserve(asked + missing)
@@ -128,11 +128,11 @@ class Planner:
     def pays_to_start(self) -> bool:
         """Whether a device that is started now would be ready early enough to be worth it."""
         loading = max(device.loading for device in self.devices)
-        return self.budget.usable - self.file_plan.reserve(self.file_plan.whole) > START_GAIN * loading
+        return self.budget.usable - self.file_plan.reserve(self.file_plan.rounds) > START_GAIN * loading
 
     def time_to_write(self) -> bool:
         """Whether the time left is what the file of the rounds there are needs, whatever is still under way."""
-        return self.file_plan.rounds > 0 and self.budget.usable <= self.file_plan.reserve(self.file_plan.whole)
+        return self.file_plan.rounds > 0 and self.budget.usable <= self.file_plan.reserve(self.file_plan.rounds)
 
     def overdue(self) -> bool:
         """Whether the last file should have been begun by now (`FilePlan.overdue_at`)."""
@@ -152,11 +152,8 @@ class Planner:
         def generating(rounds: int) -> float:
             return self.generate(max(0, rounds * composition.classes - images))
 
-        def reserve(rounds: int) -> float:
-            return self.file_plan.reserve(composition.extent(rounds))
-
         done = images // composition.classes
-        beyond = range(done + 1, max(composition.cap, done) + 1)
+        beyond, reserve = range(done + 1, max(composition.most_rounds, done) + 1), self.file_plan.reserve
         rounds = done + bisect_right(beyond, left, key=lambda rounds: generating(rounds) + reserve(rounds))
         return Plan(rounds, composition.ipc(rounds), generating(rounds), reserve(rounds))
 
@@ -220,5 +217,4 @@ class Planner:
 
     def _reserve(self, images: int) -> float:
         """Seconds to reserve for the file of the whole rounds among so many images."""
-        composition = self.file_plan.composition
-        return self.file_plan.reserve(composition.extent(images // composition.classes))
+        return self.file_plan.reserve(images // self.file_plan.composition.classes)

@@ -348,6 +348,35 @@ def test_an_interrupted_job_is_resumed_and_a_torn_round_made_again(tmp_path: Pat
     assert {path.name for path in output.iterdir()} == {f"cifar100.{kind}" for kind in ("html", "json", "png", "pt")}
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_stopped_while_images_are_chosen_a_file_is_there_and_a_resumed_run_chooses(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    output, options = tmp_path / "out", ("--max-ipc", "2", "--pool", "12", "--aug-per-image", "0", *AT_ONCE)
+    process = start_and_wait(output, *options, fault=forked.slow_to_choose)
+    forked.wait_for(lambda: "choosing" in said(output), process)
+    time.sleep(0.5)
+    kill(process, number)
+    assert end(process, GRACE) == (0 if number == signal.SIGTERM else -number)
+    check_file(output)
+    assert manifest_of(output)["ipc"] == 2
+    assert end(forked.start(output, *options, "--resume")) == 0
+    assert manifest_of(output)["resumed_rounds"] == manifest_of(output)["pool"] == 12
+    assert end(forked.start(tmp_path / "other", *options)) == 0
+    difference = (check_file(output) - check_file(tmp_path / "other")).abs().max() * max(TASK.std)
+    assert difference < 1.5 / 255
+
+
+def test_where_choosing_does_not_come_back_the_first_images_are_in_the_file(tmp_path: Path) -> None:
+    output, options = tmp_path / "out", ("--max-ipc", "2", "--pool", "6", "--budget", "8s", *AT_ONCE)
+    process = start_and_wait(output, *options, fault=forked.endless_choosing)
+    assert end(process, 10) == 0, said(output)
+    check_file(output)
+    manifest = manifest_of(output)
+    assert manifest["ipc"] == 2 and manifest["pool"] is None and manifest["elapsed_seconds"] < 8
+    assert any("does not come back" in warning for warning in manifest["warnings"])
+
+
 def test_a_report_that_takes_too_long_is_left_undone(tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start_and_wait(output, "--max-ipc", "2", fault=forked.endless_report)

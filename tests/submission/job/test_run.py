@@ -118,6 +118,32 @@ def test_more_copies_and_a_higher_cap_keep_the_generated_images(run: Run) -> Non
     assert levels(many[:, :4], few) <= 1
 
 
+def test_images_are_chosen_from_a_pool(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each is one that was made, and the same ones are chosen from the same pool."""
+    everything = run("--max-ipc", "12", "--aug-per-image", "0", output="everything")
+    options = ("--max-ipc", "3", "--pool", "12")
+    chosen = run(*options)
+    manifest = json.loads((tmp_path / "out/tiny.json").read_text())
+    assert [manifest[name] for name in ("ipc", "rounds", "max_pool", "pool")] == [3, 3, 12, 12]
+    assert "IPC 3 chosen from 12 rounds" in capsys.readouterr().out and manifest["warnings"] == []
+    for of_class, made in zip(chosen, everything, strict=True):
+        numbers = [next(n for n, other in enumerate(made) if levels(image, other) <= 1) for image in of_class]
+        assert len(set(numbers)) == 3
+    assert levels(chosen, everything[:, :3]) > 1
+    assert levels(run(*options, "--batch-size", "5", output="again"), chosen) <= 1
+    first = run("--max-ipc", "3", output="first")
+    assert levels(first, everything[:, :3]) <= 1
+    assert json.loads((tmp_path / "first/tiny.json").read_text())["pool"] is None
+
+
+def test_a_pool_takes_what_time_there_is(run: Run, tmp_path: Path) -> None:
+    run("--max-ipc", "2", "--select", "auto", "--budget", "12s")
+    manifest = json.loads((tmp_path / "out/tiny.json").read_text())
+    assert manifest["ipc"] == 2 and 20 < manifest["pool"] < manifest["max_pool"]
+    assert manifest["elapsed_seconds"] > 5 and "choose images" in manifest["phases_seconds"]
+    assert not (tmp_path / "out/.tiny.spool").exists()
+
+
 def test_prompt_styles_make_different_images(run: Run, task_file: Path) -> None:
     described = run("--max-ipc", "2", "--aug-per-image", "0", output="described")
     label = run("--max-ipc", "2", "--aug-per-image", "0", "--prompts", "label", output="label")

@@ -29,11 +29,13 @@ def make_planner(
     now: float = 0.0,
     devices: int = 1,
     afterwards: float = 0.0,
+    pool: int = 0,
+    choosing: float = 0.0,
 ) -> tuple[Planner, FakeClock]:
     """A planner of devices that are ready, in batches of so many images or, with None, of the size that is best."""
     clock = FakeClock(now)
-    composition = Composition(classes, copies, cap)
-    planner = Planner(FilePlan(Budget(seconds, 0.0, clock), composition, FileCost(classes, *file), afterwards))
+    composition, cost = Composition(classes, copies, cap, pool), FileCost(classes, *file)
+    planner = Planner(FilePlan(Budget(seconds, 0.0, clock), composition, cost, afterwards, choosing))
     planner.expect(devices, batch)
     for device in planner.devices:
         device.loaded("made up", "", {}, 0.0)

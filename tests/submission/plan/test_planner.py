@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from submission.plan.estimates import Composition, Extent
+from submission.plan.file_plan import CHOOSING_DOUBT, CHOOSING_MARGIN
 from submission.plan.planner import BATCHES_BEFORE_GIVING_UP, Planner
 from tests.submission.plan.made_up import FakeClock, batch_done, generate, make_planner, next_batch
 from tools.bench import scheduler as simulator
@@ -29,7 +30,7 @@ def test_a_plan_fits_and_one_more_round_would_not(
 
     def total(rounds: int) -> float:
         missing = max(0, rounds * composition.classes - images)
-        return planner.generate(missing) + planner.file_plan.reserve(composition.extent(rounds))
+        return planner.generate(missing) + planner.file_plan.reserve(rounds)
 
     plan = planner.plan()
     assert done <= plan.rounds <= max(done, composition.cap)
@@ -70,8 +71,33 @@ def test_a_stall_early_on_does_not_end_the_job() -> None:
         took = 20.0 if batch == 10 else 0.1
         clock.now += took
         stalls += batch_done(planner, size, took)
-    unused = planner.budget.usable - planner.file_plan.reserve(planner.file_plan.whole)
+    unused = planner.budget.usable - planner.file_plan.reserve(planner.file_plan.rounds)
     assert 0 <= unused < 1 and stalls == 1
+
+
+def test_a_pool_grows_until_it_is_time_to_choose_from_it() -> None:
+    """Ten images take a second, and a second per hundred rounds to choose; the file itself stays as large as it is."""
+    planner, clock = make_planner(100, cap=10, pool=10_000, choosing=0.1)
+    generate(planner, clock, 0.1)
+    files = planner.file_plan
+    assert not planner.done and files.whole == Extent(10, 10) and files.rounds > 50
+    needed = CHOOSING_DOUBT * 0.1 * files.rounds + CHOOSING_MARGIN
+    assert needed < planner.budget.usable < needed + 3, "what choosing, the file and the end take, and not much more"
+    files.placed(files.whole)
+    assert files.time_to_choose and not files.last_file() and files.last_file(chosen=True) == Extent(10, 10)
+    clock.now = 98.5
+    assert not files.time_to_choose, "the last file has to be begun"
+
+
+def test_a_pool_ends_at_its_size_and_with_a_signal() -> None:
+    planner, clock = make_planner(1000, cap=10, pool=30, choosing=0.1)
+    generate(planner, clock, 0.1)
+    assert planner.done and planner.file_plan.rounds == 30 and clock.now < 40
+    planner, clock = make_planner(100, cap=10, pool=10_000, choosing=10.0)
+    reserved = planner.file_plan.reserve(20)
+    planner.budget.hurry()
+    assert planner.file_plan.reserve(20) < reserved - 200, "there is no choosing"
+    assert not planner.file_plan.time_to_choose
 
 
 def test_a_budget_is_not_called_too_small_before_larger_batches_are_tried() -> None:
@@ -135,7 +161,7 @@ def test_no_device_is_given_what_would_not_come_back_in_time() -> None:
 
 def test_a_round_that_no_device_makes_alone_in_time_is_shared() -> None:
     planner, clock = two_devices(60, (0.5, 0.5))
-    clock.now = 60 - planner.file_plan.reserve(planner.file_plan.composition.extent(7)) - 3
+    clock.now = 60 - planner.file_plan.reserve(7) - 3
     assert [planner.next_batch(device) for device in planner.devices] == [5, 5], "a whole one takes 5 s"
 
 
