@@ -26,7 +26,7 @@ from submission.plan.estimates import Composition, Extent, FileCost
 from submission.plan.file_plan import SNAPSHOT_CORE, FilePlan
 from submission.plan.planner import Planner
 
-KINDS = ("steady", "drift", "throttle", "stalls", "slow disk", "tiny budget", "an hour")
+KINDS = ("steady", "drift", "throttle", "stalls", "slow disk", "tiny budget", "an hour", "a pool")
 # The speed of a trace is constant on so many slices of its budget.
 SLICES = 600
 # The last file is looked at so many times while it is written.
@@ -100,7 +100,8 @@ class Disk:
 @dataclass(frozen=True)
 class Trace:
     """A machine over a budget of so many seconds: when it begins to generate, what the planner guesses that a file
-    costs (fixed part, generated image, copy), and how long the process takes to end."""
+    costs (fixed part, generated image, copy), how long the process takes to end, and what it takes to choose from a
+    pool, seconds per round."""
 
     kind: str
     seed: int
@@ -111,6 +112,7 @@ class Trace:
     disk: Disk
     guess: tuple[float, float, float]
     closing: float
+    choosing: float = 0.0
 
     def writing(self, extent: Extent, now: float) -> float:
         """Seconds to write a file that is begun at `now`."""
@@ -119,7 +121,8 @@ class Trace:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a policy came to: images per class on disk, when its process was gone, the share that snapshots took."""
+    """What a policy came to: images per class on disk (where they are chosen: in the pool), when its process was gone,
+    the share that snapshots took."""
 
     ipc: int
     end: float
@@ -147,6 +150,10 @@ def draw_trace(kind: str, seed: int) -> Trace:
     work = tuple(accumulate(speed * seconds / SLICES for speed in draw_speeds(kind, seconds, dice)))
     usual_images = rounds * composition.classes * (1 + composition.copies)
     slows_at = seconds * dice.uniform(0.85, 0.98) if slow else math.inf
+    choosing = 0.0
+    if kind == "a pool":
+        composition = Composition(composition.classes, composition.copies, dice.choice([1, 10, 50]), 10**7)
+        choosing = math.exp(dice.uniform(math.log(0.01), math.log(0.5))) * pace * composition.classes
     return Trace(
         kind=kind,
         seed=seed,
@@ -157,6 +164,7 @@ def draw_trace(kind: str, seed: int) -> Trace:
         disk=Disk(*file, usual_images, slows_at, dice.uniform(1.5, 4) if slow else 1.0),
         guess=(guess[0], guess[1], guess[2]),
         closing=dice.uniform(0.05, 0.3),
+        choosing=choosing,
     )
 
 
@@ -184,7 +192,10 @@ def run_ours(trace: Trace) -> Outcome:
     """The job's planner on this machine, as `submission/job` and the guard use it."""
     clock, dice = _Clock(trace.start), random.Random(trace.seed)
     files = FilePlan(
-        Budget(trace.seconds, 0.0, clock), trace.composition, FileCost(trace.composition.classes, *trace.guess)
+        Budget(trace.seconds, 0.0, clock),
+        trace.composition,
+        FileCost(trace.composition.classes, *trace.guess),
+        choosing=trace.choosing,
     )
     planner, exit_at = Planner(files), trace.seconds - files.budget.exit_reserve
     planner.expect(1, None)
@@ -221,7 +232,14 @@ def run_ours(trace: Trace) -> Outcome:
     if not files.rounds:
         return Outcome(0, clock.now)
     snapshots = files.spent + (spent - remaining if making else 0.0)
-    while (extent := files.last_file()) is not None and not files.budget.late():
+    pool = files.rounds if files.rounds > files.composition.cap else 0
+    choosing = pool * trace.choosing * dice.uniform(0.9, 1.2)
+    for _ in range(LOOKS if pool else 0):
+        if not files.time_to_choose:
+            pool = 0  # some classes have their first images
+        clock.now += choosing / LOOKS if pool else 0.0
+    chosen = pool
+    while (extent := files.last_file(chosen=bool(chosen))) is not None and not files.budget.late():
         began, takes = clock.now, trace.writing(extent, clock.now) * dice.uniform(0.9, 1.1)
         for look in range(1, LOOKS + 1):
             clock.now = began + takes * look / LOOKS
@@ -231,7 +249,8 @@ def run_ours(trace: Trace) -> Outcome:
                 break
         else:
             files.placed(extent)
-    return Outcome(_ipc(files), min(clock.now + trace.closing, exit_at + 0.05), snapshots / trace.seconds)
+            chosen = 0
+    return Outcome(pool or _ipc(files), min(clock.now + trace.closing, exit_at + 0.05), snapshots / trace.seconds)
 
 
 def run_fixed(trace: Trace) -> Outcome:
@@ -341,9 +360,11 @@ def _run_blind(trace: Trace, rounds: int, now: float, batch: int = LARGEST_BATCH
     """So many rounds generated and written, whatever the time."""
     images = rounds * trace.composition.classes
     now = trace.machine.after(now, trace.machine.generating(images, batch))
+    pool = rounds if rounds > trace.composition.cap else 0
     if math.isfinite(now):
+        now += pool * trace.choosing
         now += trace.writing(trace.composition.extent(rounds), now)
-    return Outcome(trace.composition.ipc(rounds), now)
+    return Outcome(pool or trace.composition.ipc(rounds), now)
 
 
 @dataclass
