@@ -396,6 +396,12 @@ def ordinary_user() -> None:
         os.setuid(NOBODY)
 
 
+def ordinary_user_who_stands_back() -> None:
+    """As someone who cannot take back what `nice` has given away."""
+    os.nice(10)
+    ordinary_user()
+
+
 def slow_to_notice() -> None:
     """When time is up, the last file is in place, but the thread that put it there has yet to notice."""
     write_last, last_words, replace, time_is_up = (

@@ -60,7 +60,9 @@ class SnapshotWriter:
 
         def work() -> None:
             if sys.platform == "linux":
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+                # A job that was started with `nice` may stand back further: it may not, nor need it, come forward.
+                niceness = max(NICENESS, os.getpriority(os.PRIO_PROCESS, 0))
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
             torch.set_num_threads(1)  # of this thread alone
             busy = time.thread_time()
             try:

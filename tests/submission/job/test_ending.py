@@ -300,6 +300,13 @@ def test_an_output_folder_that_turns_read_only_is_code_5(shared_folder: Path) ->
         output.chmod(0o755)
 
 
+def test_a_job_that_stands_back_has_its_snapshots_too(shared_folder: Path) -> None:
+    process = start_and_wait(shared_folder / "out", *NO_CAP, fault=forked.ordinary_user_who_stands_back)
+    kill(process, signal.SIGKILL)
+    end(process)
+    assert "Permission" not in said(shared_folder / "out")
+
+
 def test_a_second_job_on_the_same_folder_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "out"
     first = start_and_wait(output, *NO_CAP)
