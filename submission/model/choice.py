@@ -139,6 +139,7 @@ def _named(model: ModelRequest, source: str, root: Path) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{source}: {path} cannot be looked into ({error.strerror})") from error
     if there:
+        path = EMBEDDED if path.resolve() == EMBEDDED else path  # which the job knows more of, however it is named
         return inspect_recipe(_as_wished(plain(path, Sampling()), model), source)
     if file:
         raise CheckpointError(
