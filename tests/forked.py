@@ -257,6 +257,13 @@ def no_model_for_the_first(request: JobRequest, *_: object) -> Load:
     return _with(lambda _: None, request.image.task)
 
 
+def broken_for_the_first(request: JobRequest, *_: object) -> Load:
+    """The first task's device is broken in a way that nobody expects."""
+    if is_first(request):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+    return _with(lambda _: None, request.image.task)
+
+
 def unhurried_with_the_second(request: JobRequest, *_: object) -> Load:
     """Leaves time for something to happen while the second task's images are made."""
     return _with(lambda _: None) if is_first(request) else _with(lambda _: time.sleep(3), request.image.task)

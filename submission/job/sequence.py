@@ -4,10 +4,11 @@ import gc
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from submission.errors import BankoError, BudgetError, OutputError, importing, told_by_the_system
+from submission.errors import BankoError, BudgetError, OutputError, first_line, importing, told_by_the_system
 from submission.log import Log, LogStyle
 from submission.machine.memory import forget_peak, return_freed
 from submission.plan.budget import Allowance, Budget
@@ -35,6 +36,11 @@ class Outcomes:
         self._run_log = log  # which counts from the start of the run
         self._ended: dict[str, tuple[int, str]] = {}
 
+    @property
+    def several(self) -> bool:
+        """Whether there are several tasks."""
+        return len(self._names) > 1
+
     def turn(self, task: Task, log: Log) -> None:
         """From now on that task is at hand, and says what it does to that log."""
         self._at_hand, self.log = task.name, log
@@ -50,7 +56,7 @@ class Outcomes:
 
     def last_lines(self, code: int = 0) -> None:
         self.log.close()
-        if len(self._names) > 1:
+        if self.several:
             for name, (_, line) in self._all(code).items():
                 self._run_log.say(f"{name}: {line}")
 
@@ -147,6 +153,12 @@ def _take_turn(
         outcomes.log.close()
         print(f"error: {error}", file=sys.stderr)
         outcomes.ended(request.image.task, error.exit_code, f"exit code {error.exit_code}: {error}")
+    except Exception as problem:  # such as a device's; the other tasks are worth more than an end at once
+        if debug or not outcomes.several:
+            raise
+        outcomes.log.close()
+        traceback.print_exc()
+        outcomes.ended(request.image.task, 1, f"exit code 1: {first_line(problem)}")
     else:
         line = f"{request.dataset}, IPC {extent.ipc}, {max(0.0, budget.left):.1f} s before its deadline"
         outcomes.ended(request.image.task, 0, line)

@@ -209,6 +209,13 @@ def test_a_task_that_fails_keeps_no_other_from_being_made(tmp_path: Path, tasks:
     assert "cifar100: exit code 4: /weights/unet is missing" in said(output).splitlines()[-2]
 
 
+def test_nor_does_one_that_ends_as_nobody_expects(tmp_path: Path, tasks: tuple[str, str]) -> None:
+    output, options = tmp_path / "out", ("--max-ipc", "2", "--batch-size", "100")
+    assert end(forked.start(output, *options, tasks=tasks, device=forked.broken_for_the_first)) == 1, said(output)
+    assert check(output, tasks[1])["ipc"] == 2
+    assert "cifar100: exit code 1: CUDA error: unspecified launch failure" in said(output).splitlines()[-2]
+
+
 def test_a_task_without_time_for_a_round_ends_and_the_next_has_its_own(tmp_path: Path, tasks: tuple[str, str]) -> None:
     output, options = tmp_path / "out", ("--batch-size", "100", "--budget", "6s")
     process = forked.start(output, *options, tasks=tasks, device=forked.slow_to_load_the_first)

@@ -1,6 +1,7 @@
 """Which checkpoint is chosen, and which are refused, on real folders of the SDXL layout."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -208,6 +209,12 @@ def test_sdxl_turbo_is_recognised_by_all_of_its_weights() -> None:
 def test_auto_prefers_the_environment(checkpoint_folder: Path) -> None:
     found = choose(ModelRequest(), cuda=True, environment={"BANKO_MODEL": str(checkpoint_folder)}, root=NOWHERE)
     assert found.path == checkpoint_folder and "BANKO_MODEL" in found.source
+
+
+def test_the_embedded_checkpoint_is_known_by_any_path(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(checkpoint.EMBEDDED)
+    for name in ("embedded", str(tmp_path / "link"), os.path.relpath(checkpoint.EMBEDDED)):
+        assert choose(ModelRequest(name), cuda=True, environment={}, root=NOWHERE).path == checkpoint.EMBEDDED
 
 
 def test_auto_takes_the_local_folder_next(checkpoint_folder: Path, tmp_path: Path) -> None:
