@@ -155,6 +155,23 @@ def _nothing() -> None:
     """What a process does that is only to be started."""
 
 
+def said(output: Path) -> str:
+    """What the job that writes there has printed."""
+    return output.with_suffix(".log").read_text()
+
+
+def kill(process: ForkServerProcess, number: signal.Signals) -> None:
+    assert process.pid
+    os.kill(process.pid, number)
+
+
+def end(process: ForkServerProcess, seconds: float = 100) -> int:
+    """Waits for it; its exit code."""
+    process.join(seconds)
+    assert process.exitcode is not None, "still there"
+    return process.exitcode
+
+
 def wait_for(condition: Callable[[], bool], process: ForkServerProcess) -> None:
     """Until it holds, or the process is gone."""
     while not condition() and process.is_alive():

@@ -21,7 +21,7 @@ from submission.tasks import Task
 # So many networks, each of so many blocks of convolution, norm, ReLU and pooling, which halve the sides, with so many
 # channels. What is left is averaged to so many pixels each way.
 NETWORKS, DEPTH, WIDTH, SIDE = 4, 3, 32, 4
-# Images that go through it at a time.
+# Images that go through them at a time.
 BATCH = 256
 
 

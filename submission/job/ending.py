@@ -144,10 +144,11 @@ def idle_time(planner: Planner, sampling: Sampling) -> str | None:
     help, better ones."""
     if not (room := planner.would_fit()):
         return None
-    images, times = room
+    rounds, times = room
+    option = "--pool" if planner.file_plan.composition.pool else "--max-ipc"
     steps = min(sampling.most_steps, int(times * (sampling.count or 1)))
     better = f", or --steps {steps}" if steps > (sampling.count or 1) else ""
-    return f"{planner.budget.usable:.0f} s were not needed: --max-ipc {_rounded(images)}{better} would have fitted"
+    return f"{planner.budget.usable:.0f} s were not needed: {option} {_rounded(rounds)}{better} would have fitted"
 
 
 def _rounded(number: int) -> int:

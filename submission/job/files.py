@@ -128,23 +128,25 @@ class JobFiles:
                 if plan.too_slow(extent, began, fraction):
                     raise AbandonedError
 
-            first, chosen = self.spool.read().first(extent.rounds), choice is not None and extent == plan.whole
-            images = Chosen(self.spool.read(), choice) if choice is not None and chosen else first
+            if extent != plan.whole:
+                choice = None  # which is of all images that there was to be time for
+            pool = self.spool.read()
+            images = pool.first(extent.rounds) if choice is None else Chosen(pool, choice)
             try:
-                placing = self._in_place(extent, chosen=chosen)
+                placing = self._in_place(extent, chosen=choice is not None)
                 write_dataset(request.dataset, images, request.file_spec(extent), check, placing=placing)
             except AbandonedError:
                 self._log.warn(f"writing IPC {extent.ipc} would end after the deadline: given up")
-            if chosen:
-                choice = None
+            choice = None
 
     def draw_sheet(self) -> None:
-        """The contact sheet, of the first round, once. Raises OutputError."""
+        """The contact sheet, of the first round or the first images chosen, once for each. Raises OutputError."""
         if not self._sheet_drawn:
             classes = self._request.image.task.classes[:MOST_CLASSES]
             labels = np.arange(len(classes))
-            first = np.zeros(len(classes), np.int64) if self._choice is None else self._choice[0, labels]
-            images = self.spool.read()[first, labels]
+            chosen = self._choice if self.chosen else None
+            rounds = np.zeros(len(classes), np.int64) if chosen is None else chosen[0, labels]
+            images = self.spool.read()[rounds, labels]
             sheet = draw_contact_sheet(images, [c.name for c in classes])
             write_whole(self._request.dataset.with_suffix(".png"), sheet)
             self._sheet_drawn = True
@@ -174,7 +176,8 @@ class JobFiles:
         with self._placing:
             yield
             self.plan.placed(extent)
-            self.chosen = chosen
+            if chosen != self.chosen:
+                self.chosen, self._sheet_drawn = chosen, False
 
     def _collect(self) -> None:
         """Tells the plan of a snapshot that was finished meanwhile. Raises OutputError where it failed."""

@@ -1,8 +1,9 @@
 """Which model: what `--model` names to a checkpoint whose files are all here."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from submission.errors import CheckpointError, UsageError
@@ -73,12 +74,7 @@ def localise(recipe: Recipe, root: Path = PROJECT, *, local_files_only: bool = F
             local_files_only=local_files_only,
         )
 
-    def here(part: Part | None) -> Part | None:
-        if part is None or part.repository is None:
-            return part
-        return replace(part, file=str(fetch_part(part, local_files_only=local_files_only)), repository=None)
-
-    return replace(recipe, base=str(base), unet=here(recipe.unet), lora=here(recipe.lora))
+    return _put(recipe, base, partial(fetch_part, local_files_only=local_files_only))
 
 
 def of_the_hub(recipe: Recipe) -> bool:
@@ -108,20 +104,23 @@ def without(recipe: Recipe) -> Sequence[str]:
 def in_folder(recipe: Recipe, folder: Path) -> Recipe:
     """The same recipe with its base in a folder, and its parts beside the base's components, as `fetch-weights` leaves
     them."""
-
-    def here(part: Part | None) -> Part | None:
-        if part is None or part.repository is None:
-            return part
-        return replace(part, file=str(folder / part.file), repository=None)
-
-    base = recipe.base if Path(recipe.base).is_dir() else str(folder)
-    return replace(recipe, base=base, unet=here(recipe.unet), lora=here(recipe.lora))
+    base = Path(recipe.base)
+    return _put(recipe, base if base.is_dir() else folder, lambda part: folder / part.file)
 
 
 def recognise(sha256: Mapping[str, str]) -> str | None:
     """The hub's name of the checkpoint whose weight files have these digests (`weight_digests`), if one is known."""
     recipes = map(load_recipe, recipe_names())
     return next((recipe.base for recipe in recipes if recipe.sha256 and recipe.sha256 == sha256), None)
+
+
+def _put(recipe: Recipe, base: Path, place: Callable[[Part], Path]) -> Recipe:
+    """The same recipe with its base there, and where `place` says what it has of the hub's repositories."""
+
+    def here(part: Part | None) -> Part | None:
+        return replace(part, file=str(place(part)), repository=None) if part and part.repository else part
+
+    return replace(recipe, base=str(base), unet=here(recipe.unet), lora=here(recipe.lora))
 
 
 def _named(model: ModelRequest, source: str, root: Path) -> Checkpoint:

@@ -163,20 +163,21 @@ class Planner:
         return max((device.speed.bound(share) for device, share in shares), default=0.0)
 
     def would_fit(self) -> tuple[int, float] | None:
-        """Where all images allowed are made long before the deadline: how many per class the time would have held, and
+        """Where all images allowed are made long before the deadline: how many rounds the time would have held, and
         how many times as long each might have taken. None where there is little time left."""
         budget, files = self.budget, self.file_plan
-        cap, classes = files.composition.cap, files.composition.classes
+        most, classes = files.composition.most_rounds, files.composition.classes
         left = budget.usable - files.closing_reserve
         if not self.done or budget.hurried or not self.paced or left < IDLE_SHARE * budget.seconds:
             return None
 
         def takes(rounds: int) -> float:
-            extent = Extent(rounds, rounds)
-            return self.generate((rounds - cap) * classes) + files.cost.bound(extent)
+            file = rounds if not files.composition.pool else files.composition.cap
+            choosing = files.choosing * rounds if files.composition.pool else 0.0
+            return self.generate((rounds - most) * classes) + choosing + files.cost.bound(Extent(file, file))
 
-        fitting = bisect_right(range(cap + 1, MOST_TIMES * cap), left, key=takes)
-        return cap + fitting, 1 + left / self.generate(cap * classes)
+        fitting = bisect_right(range(most + 1, MOST_TIMES * most), left, key=takes)
+        return most + fitting, 1 + left / self.generate(most * classes)
 
     def facts(self) -> dict[str, Any]:
         """For the manifest: how images are made (by the first device, and in the same manner by all), what each device

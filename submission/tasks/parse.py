@@ -2,8 +2,8 @@
 
 import difflib
 import itertools
-import math
 import re
+import sys
 import tomllib
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,8 @@ MAX_BYTES = 4 * 2**20  # a thousand classes take about 150 kB: anything this lar
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    # TOML has NaN and infinities, and whole numbers without end.
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _text(value: object) -> str | None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from submission.tasks import load_task
 from tests import forked, stub_device
 from tests.conftest import TINY_TASK
+from tests.forked import end, said
 from tests.paths import ROOT
 from tools.scoring.findings import audit
 
@@ -41,16 +42,6 @@ GRACE = 8.0
 @pytest.fixture(autouse=True, scope="module")
 def server() -> None:
     forked.warm_up()
-
-
-def said(output: Path) -> str:
-    return output.with_suffix(".log").read_text()
-
-
-def end(process: ForkServerProcess, seconds: float = 100) -> int:
-    process.join(seconds)
-    assert process.exitcode is not None, "still there"
-    return process.exitcode
 
 
 def below(pid: int | None) -> list[psutil.Process]:

@@ -1,7 +1,6 @@
 """How jobs end: killed, told to stop, at the deadline, out of room. Real processes, on the embedded checkpoint."""
 
 import json
-import os
 import random
 import re
 import shutil
@@ -24,6 +23,7 @@ from torch import Tensor
 from submission.dataset.rounds import Spool
 from submission.tasks import load_task
 from tests import forked
+from tests.forked import end, kill, said
 from tools.scoring.findings import audit
 
 TASK = load_task("cifar100")
@@ -53,27 +53,12 @@ def manifest_of(output: Path) -> dict[str, Any]:
     return content
 
 
-def said(output: Path) -> str:
-    return output.with_suffix(".log").read_text()
-
-
 def start_and_wait(output: Path, *options: str, **wrong: Any) -> ForkServerProcess:
     """A job whose first file is in place."""
     process = forked.start(output, *options, **wrong)
     forked.wait_for((output / "cifar100.pt").exists, process)
     assert process.is_alive(), said(output)
     return process
-
-
-def end(process: ForkServerProcess, seconds: float = 60) -> int:
-    process.join(seconds)
-    assert process.exitcode is not None, "still there"
-    return process.exitcode
-
-
-def kill(process: ForkServerProcess, number: signal.Signals) -> None:
-    assert process.pid
-    os.kill(process.pid, number)
 
 
 def test_a_longer_run_extends_a_shorter_one(tmp_path: Path) -> None:

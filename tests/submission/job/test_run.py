@@ -130,6 +130,8 @@ def test_images_are_chosen_from_a_pool(run: Run, tmp_path: Path, capsys: pytest.
         numbers = [next(n for n, other in enumerate(made) if levels(image, other) <= 1) for image in of_class]
         assert len(set(numbers)) == 3
     assert levels(chosen, everything[:, :3]) > 1
+    with Image.open(tmp_path / "out/tiny.png") as sheet, Image.open(tmp_path / "everything/tiny.png") as of_round_0:
+        assert sheet.tobytes() != of_round_0.tobytes(), "it shows what is in the file"
     assert levels(run(*options, "--batch-size", "5", output="again"), chosen) <= 1
     first = run("--max-ipc", "3", output="first")
     assert levels(first, everything[:, :3]) <= 1

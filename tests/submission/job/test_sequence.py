@@ -1,7 +1,6 @@
 """Several tasks in one run: each has its file, whatever becomes of the others. Real processes, embedded checkpoint."""
 
 import json
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import torch
 from submission.tasks import load_task
 from tests import forked
 from tests.conftest import TINY_TASK
+from tests.forked import end, kill, said
 from tools.scoring.findings import audit
 
 # Not to be reached by the first task.
@@ -34,21 +34,6 @@ def tasks(tmp_path: Path) -> tuple[str, str]:
     """CIFAR-100, and three classes at 16 px."""
     (tmp_path / "tiny.toml").write_text(TINY_TASK)
     return "cifar100", str(tmp_path / "tiny.toml")
-
-
-def said(output: Path) -> str:
-    return output.with_suffix(".log").read_text()
-
-
-def end(process: ForkServerProcess, seconds: float = 60) -> int:
-    process.join(seconds)
-    assert process.exitcode is not None, "still there"
-    return process.exitcode
-
-
-def tell(process: ForkServerProcess, number: signal.Signals) -> None:
-    assert process.pid
-    os.kill(process.pid, number)
 
 
 def check(output: Path, task: str) -> dict[str, Any]:
@@ -121,7 +106,7 @@ def test_told_to_stop_in_the_first_task_none_is_begun(
     (output / "tiny.pt").write_text("of an earlier run")
     process = forked.start(output, *NO_CAP, tasks=tasks)
     forked.wait_for((output / "cifar100.json").exists, process)
-    tell(process, number)
+    kill(process, number)
     assert end(process, GRACE) == 3, "one of the files that were asked for is not there"
     assert any(f"({number.name})" in warning for warning in check(output, "cifar100")["warnings"])
     assert "tiny: not begun, because the run was over before its turn" in said(output).splitlines()[-1]
@@ -133,7 +118,7 @@ def test_told_to_stop_in_the_second_task_both_are_complete(tmp_path: Path, tasks
     output = tmp_path / "out"
     process = start_second(output, tasks)
     before = contents(output, "cifar100")
-    tell(process, signal.SIGTERM)
+    kill(process, signal.SIGTERM)
     assert end(process, GRACE) == 0, said(output)
     assert contents(output, "cifar100") == before
     manifest = check(output, tasks[1])
@@ -158,7 +143,7 @@ def test_killed_in_the_second_task_the_first_stays_and_the_second_is_resumed(
     output = tmp_path / "out"
     process = start_second(output, tasks)
     before = contents(output, "cifar100")
-    tell(process, signal.SIGKILL)
+    kill(process, signal.SIGKILL)
     assert end(process) == -signal.SIGKILL
     assert check(output, tasks[1])["rounds"] >= 1
     options = (*FEW, "--resume", "--total", "60s")
@@ -251,6 +236,6 @@ def test_a_stop_is_heard_where_a_device_does_not_answer_any_more(tmp_path: Path,
     forked.wait_for((output / "cifar100.json").exists, process)
     forked.wait_for(lambda: not (output / ".cifar100.spool").exists(), process)  # the guard has finished the file
     time.sleep(0.5)
-    tell(process, signal.SIGTERM)
+    kill(process, signal.SIGTERM)
     assert end(process, 4) == 3, "the second task's file is not there"
     check(output, "cifar100")

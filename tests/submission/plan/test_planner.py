@@ -93,6 +93,8 @@ def test_a_pool_ends_at_its_size_and_with_a_signal() -> None:
     planner, clock = make_planner(1000, cap=10, pool=30, choosing=0.1)
     generate(planner, clock, 0.1)
     assert planner.done and planner.file_plan.rounds == 30 and clock.now < 40
+    room = planner.would_fit()
+    assert room is not None and 500 < room[0] < 960, "a larger pool would have fitted, and the choice from it"
     planner, clock = make_planner(100, cap=10, pool=10_000, choosing=10.0)
     reserved = planner.file_plan.reserve(20)
     planner.budget.hurry()

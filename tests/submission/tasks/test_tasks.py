@@ -321,6 +321,7 @@ BAD_LINES = [
     ("mean = [0.5, 0.5, 0.5]", "mean = 0.5", 3, "mean must be three numbers"),
     ("mean = [0.5, 0.5, 0.5]", "mean = [0.5, nan, 0.5]", 3, "mean must be three numbers"),
     ("mean = [0.5, 0.5, 0.5]", "mean = [0.5, true, 0.5]", 3, "mean must be three numbers"),
+    ("mean = [0.5, 0.5, 0.5]", f"mean = [0.5, 1{400 * '0'}, 0.5]", 3, "mean must be three numbers"),
     ("mean = [0.5, 0.5, 0.5]", "mean = [129.3, 124.1, 112.4]", 3, "not 0..255"),
     ("std = [0.25, 0.25, 0.25]", "std = [0.25, 0, 0.25]", 4, "std must be three numbers above 0"),
     ("std = [0.25, 0.25, 0.25]", "std = [0.25, -0.1, 0.25]", 4, "std must be three numbers above 0"),
