@@ -106,6 +106,9 @@ class RaySession:
         if self._cluster is None:
             # Other users of this machine reach its ports, too: whoever has no token is refused.
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+            # Workers start in another folder, and where `run.sh` has not started this they would not find the code.
+            paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+            os.environ["PYTHONPATH"] = os.pathsep.join(paths)
         wish = "several devices on this machine" if self._cluster is None else f"--cluster {self._cluster}"
         try:
             import ray  # noqa: PLC0415

@@ -107,7 +107,8 @@ def check(output: Path, *, stubs: bool = True) -> dict[str, Any]:
 def test_two_devices_make_the_file_that_one_makes(tmp_path: Path) -> None:
     options = ("--max-ipc", "13", "--aug-per-image", "2", "--batch-size", "100")
     assert end(forked.start(tmp_path / "1", *options)) == 0
-    process = forked.start(tmp_path / "2", *options, "--devices", "cpu:2")
+    # As without run.sh, which says where the code is.
+    process = forked.start(tmp_path / "2", *options, "--devices", "cpu:2", environment={"PYTHONPATH": ""})
     seen: list[psutil.Process] = []
     while process.is_alive():
         seen += [child for child in below(process.pid) if child not in seen]
