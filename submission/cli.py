@@ -120,14 +120,15 @@ def build_parser() -> Parser:
     add(
         "--select",
         choices=("auto", "none"),
-        default="none",
-        help="none: the images made first; auto: those chosen from a pool, which grows as long as time allows",
+        default="auto",
+        help="none: the images made first; auto: where there are at most 100 per class, those chosen from a pool that "
+        "grows as long as time allows (default: auto)",
     )
     add(
         "--pool",
         type=number_from(1),
         metavar="N",
-        help="choose from so many rounds at most (default: none, with --select auto as time allows)",
+        help="choose from so many rounds at most, however many images per class (default: as time allows)",
     )
     add("--seed", type=number_from(0), default=0, metavar="N", help="of all that is random")
     add("--batch-size", type=batch_size, metavar="N", help="images made at a time (default: auto, what measures best)")
@@ -206,7 +207,7 @@ def _request(options: argparse.Namespace, task: Task, tasks: "Sequence[Task]") -
     from submission.model.decoder import RUNGS  # noqa: PLC0415  # slow to import
     from submission.model.image_spec import ImageSpec  # noqa: PLC0415
     from submission.plan.estimates import Composition  # noqa: PLC0415
-    from submission.request import MOST_POOL, DeviceRequest, JobRequest  # noqa: PLC0415
+    from submission.request import MOST_CHOSEN, MOST_POOL, DeviceRequest, JobRequest  # noqa: PLC0415
 
     if options.decoder not in ("auto", *RUNGS):
         known = ", ".join(("auto", *RUNGS))
@@ -215,6 +216,11 @@ def _request(options: argparse.Namespace, task: Task, tasks: "Sequence[Task]") -
     style, file = options.prompts, options.prompts if isinstance(options.prompts, Path) else None
     if file:
         task, style = replace(task, own_prompts=parse_prompts(file, task, tasks)), "own"
+    cap, pool = options.max_ipc or task.max_ipc, options.pool
+    if pool and options.select == "none":
+        raise UsageError("--pool is what to choose from, and --select none chooses nothing: leave out one of them")
+    if pool is None:
+        pool = MOST_POOL if options.select == "auto" and cap <= MOST_CHOSEN else 0
     return JobRequest(
         image=ImageSpec(task, style, options.seed, options.resolution, options.decoder, file),
         model=ModelRequest(options.model, options.steps, options.guidance),
@@ -222,8 +228,8 @@ def _request(options: argparse.Namespace, task: Task, tasks: "Sequence[Task]") -
         composition=Composition(
             len(task.classes),
             0 if options.pda == "none" else options.aug_per_image,
-            cap=options.max_ipc or task.max_ipc,
-            pool=options.pool or (MOST_POOL if options.select == "auto" else 0),
+            cap=cap,
+            pool=pool,
         ),
         pda=options.pda,
         dtype=options.dtype,

@@ -14,6 +14,8 @@ from submission.plan.estimates import Composition, Extent
 
 # Rounds that images are chosen from at most, unless more are asked for: features of a class are held in memory.
 MOST_POOL = 10_000
+# Images per class up to which they are chosen without being asked for.
+MOST_CHOSEN = 100
 
 
 @dataclass(frozen=True)

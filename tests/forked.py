@@ -29,7 +29,7 @@ from torch import Tensor
 
 from submission import cli
 from submission.dataset.rounds import Spool
-from submission.dataset.selection import Selector
+from submission.distillation.selection import Selector
 from submission.engine import Engine, Load, Maker
 from submission.engine.maker import GeneratorMaker
 from submission.errors import CheckpointError
@@ -119,7 +119,7 @@ def start(
 
     `device` and `fault` are functions below: what makes the images, and what is wrong with everything else.
     """
-    return _start(_job, output, [*tasks], options, device, fault, environment or {})
+    return _start(_job, output, [*tasks], ("--select", "none", *options), device, fault, environment or {})
 
 
 def start_command(

@@ -12,7 +12,7 @@ import torch
 
 from tests.paths import ROOT
 
-JOB = [sys.executable, "-m", "submission", "--device", "cpu", "--max-ipc", "2"]
+JOB = [sys.executable, "-m", "submission", "--device", "cpu", "--max-ipc", "2", "--select", "none"]
 
 
 def run(shell: str, folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from submission.arguments import Parser, add_device, exit_code_of, number_from
+from submission.distillation.convnet import WIDTH, ConvNet
 from submission.errors import InputFileError, OutputError, UsageError
 from submission.machine.device import choose_device
 from submission.machine.disk import write_json, write_whole
@@ -29,7 +30,6 @@ from submission.tasks import Task, builtin_names, load_task
 from tools.reading.manifests import check_it_describes, read_manifest
 from tools.reading.reference_data import find_reference_data
 from tools.reading.tensor_files import read_submission
-from tools.scoring.convnet import WIDTH, ConvNet
 from tools.scoring.fast import Arithmetic, make_forward, probe
 from tools.scoring.findings import inspect
 from tools.scoring.results import Entry, Run, Score, draw_curves, figures, overall, summary

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -67,6 +67,16 @@ def no_room(requests: Sequence[JobRequest], free: float) -> OutputError:
     )
 
 
+@dataclass(frozen=True)
+class Choice:
+    """Images for the last file, indexed as rounds are: chosen from a `pool` of so many, and moved by so many `steps` of
+    sharpening."""
+
+    images: Chosen | NDArray[np.uint8]
+    pool: int
+    steps: int = 0
+
+
 class JobFiles:
     """Dataset, contact sheet and manifest in the output folder.
 
@@ -87,8 +97,8 @@ class JobFiles:
         self._writer = SnapshotWriter()
         self._placing = threading.RLock()
         self._sheet_drawn = False
-        self._choice: NDArray[np.int64] | None = None
-        self.chosen = False
+        self._choice: Choice | None = None
+        self.chosen: Choice | None = None  # that the file in place holds
 
     @property
     def writing(self) -> bool:
@@ -110,8 +120,8 @@ class JobFiles:
                 self._describe,
             )
 
-    def take(self, choice: NDArray[np.int64]) -> None:
-        """The last file is to hold the images of these rounds, int64 [images per class, classes]."""
+    def take(self, choice: Choice) -> None:
+        """The last file is to hold these."""
         self._choice = choice
 
     def write_last(self) -> None:
@@ -131,9 +141,9 @@ class JobFiles:
             if extent != plan.whole:
                 choice = None  # which is of all images that there was to be time for
             pool = self.spool.read()
-            images = pool.first(extent.rounds) if choice is None else Chosen(pool, choice)
+            images = choice.images if choice else pool.first(extent.rounds)
             try:
-                placing = self._in_place(extent, chosen=choice is not None)
+                placing = self._in_place(extent, choice)
                 write_dataset(request.dataset, images, request.file_spec(extent), check, placing=placing)
             except AbandonedError:
                 self._log.warn(f"writing IPC {extent.ipc} would end after the deadline: given up")
@@ -144,10 +154,8 @@ class JobFiles:
         if not self._sheet_drawn:
             classes = self._request.image.task.classes[:MOST_CLASSES]
             labels = np.arange(len(classes))
-            chosen = self._choice if self.chosen else None
-            rounds = np.zeros(len(classes), np.int64) if chosen is None else chosen[0, labels]
-            images = self.spool.read()[rounds, labels]
-            sheet = draw_contact_sheet(images, [c.name for c in classes])
+            images = self.chosen.images if self.chosen else self.spool.read()
+            sheet = draw_contact_sheet(images[np.zeros_like(labels), labels], [c.name for c in classes])
             write_whole(self._request.dataset.with_suffix(".png"), sheet)
             self._sheet_drawn = True
 
@@ -171,13 +179,13 @@ class JobFiles:
         self.write_manifest()
 
     @contextmanager
-    def _in_place(self, extent: Extent, *, chosen: bool = False) -> Iterator[None]:
+    def _in_place(self, extent: Extent, choice: Choice | None = None) -> Iterator[None]:
         """While the file of `extent` is put in place: nobody writes a manifest until it is known to be there."""
         with self._placing:
             yield
             self.plan.placed(extent)
-            if chosen != self.chosen:
-                self.chosen, self._sheet_drawn = chosen, False
+            if choice is not self.chosen:
+                self.chosen, self._sheet_drawn = choice, False
 
     def _collect(self) -> None:
         """Tells the plan of a snapshot that was finished meanwhile. Raises OutputError where it failed."""

@@ -1,5 +1,6 @@
 """The story, top to bottom: a task and a budget go in, a dataset file comes out before the deadline."""
 
+import math
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -12,15 +13,16 @@ import torch
 
 from submission.dataset.dataset_file import write_dataset
 from submission.dataset.image_queue import ImageQueue
-from submission.dataset.rounds import Spool, prepare_spool, remove_if_empty
-from submission.dataset.selection import Selector
+from submission.dataset.rounds import Chosen, Rounds, Spool, prepare_spool, remove_if_empty
+from submission.distillation import sharpening
+from submission.distillation.selection import Selector
 from submission.engine import Engine, Load
 from submission.engine.alone import Alone
 from submission.engine.fleet import Fleet
 from submission.engine.maker import Loading, load_elsewhere, load_maker
 from submission.errors import OutputError
 from submission.job.ending import REPORT_SHARE, Ending, idle_time, report_seconds
-from submission.job.files import JobFiles, check_place, composition_that_fits
+from submission.job.files import Choice, JobFiles, check_place, composition_that_fits
 from submission.job.generate import Generation
 from submission.job.history import History
 from submission.log import Log
@@ -43,6 +45,8 @@ from submission.tasks import builtin_names
 GUESSED_FIXED, GUESSED_VALUE, GUESSED_COPY = 0.1, 1e-8, 2e-8
 # Seconds that ending other processes may take where this one is about to go.
 EXIT_PATIENCE = 0.1
+# Images are sharpened where that takes no more than this share of the time left once the model is there.
+SHARPENING_SHARE = 0.4
 
 Prepare = Callable[[JobRequest, Checkpoint, Engine, Spool], Load]
 
@@ -83,7 +87,8 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
                     **asked,
                     "ipc": extent.ipc,
                     "rounds": extent.rounds,
-                    "pool": spool.count if files.chosen else None,
+                    "pool": files.chosen.pool if files.chosen else None,
+                    "sharpening_steps": files.chosen.steps if files.chosen else None,
                     "resumed_rounds": spool.before,
                     "tasks": request.tasks,
                     **made,
@@ -119,18 +124,41 @@ def choose_images(selector: Selector, files: JobFiles, stop: threading.Event, lo
     if len(pool) <= cap:
         return
 
-    def go_on() -> bool:
+    def seconds_left() -> float:
         files.keep_up()
-        return plan.time_to_choose and not stop.is_set()
+        return 0.0 if stop.is_set() else plan.spare
 
     with log.phase("choose images"):
-        numbers, chosen = selector.choose(pool, cap, go_on)
-    if not chosen:
+        numbers, looked_at = selector.choose(pool, cap, lambda: seconds_left() - plan.sharpening)
+    if looked_at.max() == cap:
         return
-    files.take(numbers)
+    choice = Choice(Chosen(pool, numbers), len(pool))
+    files.take(choice)
     log.say(f"IPC {cap} chosen from {len(pool)} rounds")
-    if chosen < classes:
-        log.warn(f"no time to choose images of {classes - chosen} of {classes} classes: they have those made first")
+    if fewer := np.count_nonzero(looked_at < len(pool)):
+        log.warn(
+            f"no time to choose from {len(pool)} rounds everywhere: {fewer} of {classes} classes were chosen from the "
+            f"first {looked_at.min()} or more"
+        )
+    if plan.sharpening:
+        with log.phase("sharpen images"):
+            sharpen_images(selector, choice, pool, files, lambda: seconds_left() > 0, log)
+
+
+def sharpen_images(
+    selector: Selector, choice: Choice, pool: Rounds, files: JobFiles, go_on: Callable[[], bool], log: Log
+) -> None:
+    """Has the last file's images moved, as far as time allows, from those chosen."""
+    places, labels = np.divmod(np.arange(len(choice.images) * pool.shape[0]), pool.shape[0])
+    images = choice.images[places, labels].reshape(len(choice.images), *pool.shape)
+    try:
+        moved, steps = sharpening.sharpen(selector.task, selector.device, images, pool, go_on)
+    except torch.OutOfMemoryError:
+        log.warn("the GPU has too little memory to sharpen images: they stay as they were chosen")
+        return
+    if steps:
+        files.take(Choice(moved, len(pool), steps))
+        log.say(f"sharpened in {steps} of {sharpening.STEPS} steps")
 
 
 @contextmanager
@@ -234,6 +262,13 @@ def plan_files(
     cost = FileCost(composition.classes, GUESSED_FIXED, GUESSED_VALUE * values, GUESSED_COPY * values)
     seconds = report_seconds(composition.classes)
     afterwards = to_close + (seconds if seconds <= REPORT_SHARE * budget.seconds else 0)
+    if selector is None:
+        return FilePlan(budget, composition, cost, afterwards)
+    choosing = composition.classes * selector.seconds_per_image()
+    try:
+        sharpen = sharpening.seconds(selector.task, selector.device, composition.cap)
+    except torch.OutOfMemoryError:
+        sharpen = math.inf
     return FilePlan(
-        budget, composition, cost, afterwards, composition.classes * selector.seconds_per_image() if selector else 0.0
+        budget, composition, cost, afterwards, choosing, sharpen if sharpen <= SHARPENING_SHARE * budget.left else 0.0
     )

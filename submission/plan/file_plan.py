@@ -28,9 +28,9 @@ SNAPSHOT_CORE = 0.25
 WATCH_TRUST, WATCH_GAIN = 0.15, 1.1
 # Seconds by which the last file is begun earlier where the batch before it does not come back.
 STALL_RESERVE = 1.0
-# Choosing may take so many times as long as was measured. It ends so many seconds before the last file has to be begun,
-# lest the guard begin with it.
-CHOOSING_DOUBT, CHOOSING_MARGIN = 1.3, 2.0
+# Choosing and sharpening may take so many times as long as was measured. They end so many seconds before the last file
+# has to be begun, lest the guard begin with it.
+CHOOSING_DOUBT, CHOOSING_MARGIN = 1.1, 2.0
 
 
 @dataclass
@@ -40,7 +40,7 @@ class FilePlan:
     `rounds` may be written now: the first ones, without a gap. `in_place` is what the file on disk holds, `spent` the
     seconds that snapshots have taken from generation. `afterwards` are the seconds reserved for what is made of the
     last file once it is in place; a job that was told to stop gives them up. It takes `choosing` seconds per round to
-    choose from a pool.
+    choose from a pool, and `sharpening` seconds to sharpen the choice.
     """
 
     budget: Budget
@@ -48,6 +48,7 @@ class FilePlan:
     cost: FileCost
     afterwards: float = 0.0
     choosing: float = 0.0
+    sharpening: float = 0.0
     rounds: int = 0
     in_place: Extent | None = None
     spent: float = 0.0
@@ -69,14 +70,14 @@ class FilePlan:
         cap = self.composition.cap
         choosing = 0.0
         if rounds > cap and not self.budget.hurried:
-            choosing = CHOOSING_DOUBT * self.choosing * rounds + CHOOSING_MARGIN
+            choosing = CHOOSING_DOUBT * (self.choosing * rounds + self.sharpening) + CHOOSING_MARGIN
         return choosing + self.cost.bound(self.composition.extent(min(rounds, cap))) + self.closing_reserve
 
     @property
-    def time_to_choose(self) -> bool:
-        """Whether the last file may wait for a better choice of its images."""
+    def spare(self) -> float:
+        """Seconds for which the last file may wait for a better choice of its images; none where time is over."""
         file = self.cost.bound(self.whole) + self.closing_reserve + CHOOSING_MARGIN
-        return not self.budget.hurried and self.budget.usable > file
+        return 0.0 if self.budget.hurried else max(0.0, self.budget.usable - file)
 
     def grew(self, rounds: int) -> None:
         """So many rounds may be written now."""

@@ -173,7 +173,7 @@ class Planner:
 
         def takes(rounds: int) -> float:
             file = rounds if not files.composition.pool else files.composition.cap
-            choosing = files.choosing * rounds if files.composition.pool else 0.0
+            choosing = files.choosing * rounds + files.sharpening if files.composition.pool else 0.0
             return self.generate((rounds - most) * classes) + choosing + files.cost.bound(Extent(file, file))
 
         fitting = bisect_right(range(most + 1, MOST_TIMES * most), left, key=takes)

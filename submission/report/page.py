@@ -141,7 +141,8 @@ def _command(manifest: Mapping[str, Any]) -> str:
         "pda": manifest["pda"],
         "aug-per-image": manifest["copies_per_image"],
         "max-ipc": manifest["max_ipc"],
-        "pool": manifest["max_pool"] or None,
+        "select": None if manifest["pool"] else "none",
+        "pool": manifest["pool"],
         "dtype": manifest["dtype"],
     }
     # A file of prompts may have those of all the run's tasks, and then of no fewer.

@@ -126,7 +126,7 @@ check "$work/stopped" cifar100
 grep -q 'told to stop (SIGTERM)' "$work/stopped/cifar100.json"
 
 say "outputs that are not mounted"
-(start "" cifar100 --budget 90s --max-ipc 1) | grep 'nothing is mounted at /outputs'
+(start "" cifar100 --budget 90s --max-ipc 1 --select none) | grep 'nothing is mounted at /outputs'
 
 say "outputs that are not writable"
 code=0

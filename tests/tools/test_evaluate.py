@@ -112,6 +112,7 @@ def test_the_report_on_the_run_gets_the_score(
     assert evaluate.main([*folders, *SHORT]) == 0
     assert f"no report on tiny: {tmp_path}/submit/tiny.json: cannot be read" in capsys.readouterr().out
     job = [str(task_file), "--model", str(checkpoint_folder), "--output", str(tmp_path / "submit"), "--max-ipc", "4"]
+    job += ["--select", "none"]
     assert cli.main(job) == 0
     before = (tmp_path / "submit/tiny.html").read_text()
     assert evaluate.main([*folders, *SHORT]) == 0

@@ -13,6 +13,7 @@ from tools import report
 def run(checkpoint_folder: Path, task_file: Path, tmp_path: Path) -> list[str]:
     """A run without its report, and the arguments that ask for it."""
     options = ["--model", str(checkpoint_folder), "--output", str(tmp_path), "--max-ipc", "2"]
+    options += ["--select", "none"]
     assert cli.main([str(task_file), *options]) == 0
     (tmp_path / "tiny.html").rename(tmp_path / "before.html")
     return [str(tmp_path / "tiny.json"), "--task", str(task_file)]

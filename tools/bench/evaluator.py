@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from submission.arguments import add_device, number_from
+from submission.distillation import dsa
+from submission.distillation.convnet import ConvNet
 from submission.machine.device import choose_device
 from submission.machine.memory import keep_freed_memory
-from tools.scoring import dsa
-from tools.scoring.convnet import ConvNet
 from tools.scoring.fast import make_forward, probe
 from tools.scoring.training import BATCH_SIZE, Schedule, train
 

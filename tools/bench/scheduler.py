@@ -234,10 +234,10 @@ def run_ours(trace: Trace) -> Outcome:
     snapshots = files.spent + (spent - remaining if making else 0.0)
     pool = files.rounds if files.rounds > files.composition.cap else 0
     choosing = pool * trace.choosing * dice.uniform(0.9, 1.2)
-    for _ in range(LOOKS if pool else 0):
-        if not files.time_to_choose:
-            pool = 0  # some classes have their first images
-        clock.now += choosing / LOOKS if pool else 0.0
+    if pool:  # where time is short, classes are chosen from fewer rounds
+        share = min(1.0, files.spare / choosing)
+        clock.now += share * choosing
+        pool = int(share * pool)
     chosen = pool
     while (extent := files.last_file(chosen=bool(chosen))) is not None and not files.budget.late():
         began, takes = clock.now, trace.writing(extent, clock.now) * dice.uniform(0.9, 1.1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from tools.scoring.convnet import ConvNet
+from submission.distillation.convnet import ConvNet
 
 # How many times as fast bfloat16 has to multiply matrices, to make up for the conversions. A processor that emulates it
 # was a hundred times slower in it, one that has it four times as fast.

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from tools.scoring import dsa
-from tools.scoring.convnet import ConvNet
+from submission.distillation import dsa
+from submission.distillation.convnet import ConvNet
 from tools.scoring.recorded import recorded
 
 BATCH_SIZE = 256

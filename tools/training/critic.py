@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from submission.dataset.dataset_file import mean_and_std
+from submission.distillation.convnet import ConvNet
 from submission.tasks import load_task
-from tools.scoring.convnet import ConvNet
 from tools.scoring.training import Measure, Schedule, train
 from tools.training.arithmetic import computing
 from tools.training.images import RealImages, to_unit

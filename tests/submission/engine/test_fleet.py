@@ -358,6 +358,8 @@ def test_modules_in_the_folder_it_is_started_from_are_not_taken_for_ours(tmp_pat
         *AT_ONCE,
         "--max-ipc",
         "1",
+        "--select",
+        "none",
         "--devices",
         "cpu:2",
     ]

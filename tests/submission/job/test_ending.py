@@ -29,6 +29,7 @@ from tools.scoring.findings import audit
 TASK = load_task("cifar100")
 # Not to be reached.
 NO_CAP = ("--max-ipc", "100000")
+POOL = ("--select", "auto", "--pool")
 # A round in one go, for budgets of seconds: on a busy machine, images one by one take most of that.
 AT_ONCE = ("--batch-size", "100")
 # Docker's ten seconds, and some for the machine.
@@ -344,7 +345,7 @@ def test_an_interrupted_job_is_resumed_and_a_torn_round_made_again(tmp_path: Pat
 def test_stopped_while_images_are_chosen_a_file_is_there_and_a_resumed_run_chooses(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    output, options = tmp_path / "out", ("--max-ipc", "2", "--pool", "12", "--aug-per-image", "0", *AT_ONCE)
+    output, options = tmp_path / "out", ("--max-ipc", "2", *POOL, "12", "--aug-per-image", "0", *AT_ONCE)
     process = start_and_wait(output, *options, fault=forked.slow_to_choose)
     forked.wait_for(lambda: "choosing" in said(output), process)
     time.sleep(0.5)
@@ -360,7 +361,7 @@ def test_stopped_while_images_are_chosen_a_file_is_there_and_a_resumed_run_choos
 
 
 def test_where_choosing_does_not_come_back_the_first_images_are_in_the_file(tmp_path: Path) -> None:
-    output, options = tmp_path / "out", ("--max-ipc", "2", "--pool", "6", "--budget", "8s", *AT_ONCE)
+    output, options = tmp_path / "out", ("--max-ipc", "2", *POOL, "6", "--budget", "8s", *AT_ONCE)
     process = start_and_wait(output, *options, fault=forked.endless_choosing)
     assert end(process, 10) == 0, said(output)
     check_file(output)

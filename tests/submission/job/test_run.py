@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from submission import cli
+from submission.distillation import sharpening
 from submission.errors import BankoError
 from submission.job import ending
 from submission.job import run as job
@@ -35,7 +36,8 @@ def run(checkpoint_folder: Path, task_file: Path, tmp_path: Path) -> Run:
     task = load_task(str(task_file))
 
     def run(*options: str, output: str = "out") -> Tensor:
-        arguments = [str(task_file), "--model", str(checkpoint_folder), "--output", str(tmp_path / output), *options]
+        arguments = [str(task_file), "--model", str(checkpoint_folder), "--output", str(tmp_path / output)]
+        arguments += ["--select", "none", *options]
         assert cli.main(arguments) == 0
         images: Tensor = torch.load(tmp_path / output / "tiny.pt", weights_only=True).float()
         images = images * torch.tensor(task.std).view(3, 1, 1) + torch.tensor(task.mean).view(3, 1, 1)
@@ -121,7 +123,7 @@ def test_more_copies_and_a_higher_cap_keep_the_generated_images(run: Run) -> Non
 def test_images_are_chosen_from_a_pool(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each is one that was made, and the same ones are chosen from the same pool."""
     everything = run("--max-ipc", "12", "--aug-per-image", "0", output="everything")
-    options = ("--max-ipc", "3", "--pool", "12")
+    options = ("--max-ipc", "3", "--select", "auto", "--pool", "12")
     chosen = run(*options)
     manifest = json.loads((tmp_path / "out/tiny.json").read_text())
     assert [manifest[name] for name in ("ipc", "rounds", "max_pool", "pool")] == [3, 3, 12, 12]
@@ -136,6 +138,31 @@ def test_images_are_chosen_from_a_pool(run: Run, tmp_path: Path, capsys: pytest.
     first = run("--max-ipc", "3", output="first")
     assert levels(first, everything[:, :3]) <= 1
     assert json.loads((tmp_path / "first/tiny.json").read_text())["pool"] is None
+
+
+def test_where_there_is_time_the_choice_is_sharpened(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, which takes seconds for it."""
+    monkeypatch.setattr(sharpening, "seconds", lambda *_: 1.0)
+    monkeypatch.setattr(sharpening, "STEPS", 3)
+    options = ("--max-ipc", "3", "--select", "auto", "--pool", "12")
+    sharpened = run(*options)
+    manifest = json.loads((tmp_path / "out/tiny.json").read_text())
+    assert (manifest["pool"], manifest["sharpening_steps"], manifest["warnings"]) == (12, 3, [])
+    assert "sharpened in 3 of 3 steps" in capsys.readouterr().out
+    sheet = (tmp_path / "out/tiny.png").read_bytes()
+    monkeypatch.setattr(sharpening, "sharpen", no_memory)
+    chosen = run(*options)
+    manifest = json.loads((tmp_path / "out/tiny.json").read_text())
+    assert (manifest["pool"], manifest["sharpening_steps"]) == (12, 0)
+    assert "too little memory to sharpen" in manifest["warnings"][0]
+    assert 1 < levels(sharpened, chosen) < 60, "moved, and not far"
+    assert (tmp_path / "out/tiny.png").read_bytes() != sheet, "it shows what is in the file"
+
+
+def no_memory(*_: object) -> None:
+    raise torch.OutOfMemoryError
 
 
 def test_a_pool_takes_what_time_there_is(run: Run, tmp_path: Path) -> None:
@@ -324,6 +351,7 @@ def test_a_root_for_reading_alone_needs_no_temporary_folder(
     output = tmp_path / "writable"
     output.mkdir()
     options = [str(task_file), "--model", str(checkpoint_folder), "--device", "cpu", "--output", f"{output}/out"]
+    options += ["--select", "none"]
     command = shlex.join([sys.executable, "-m", "submission", *options])
     script = READ_ONLY.format(output=output, root=ROOT, command=command)
     done = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, check=False)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from submission.dataset.dataset_file import mean_and_std
+from submission.distillation.convnet import ConvNet
 from submission.errors import UsageError
 from submission.model import decoder, pipeline
 from submission.model.calibration import SAMPLES
@@ -33,7 +34,6 @@ from submission.model.decoder import (
 )
 from submission.tasks import load_task
 from tests.tools.real_data import real_subset, real_test_images
-from tools.scoring.convnet import ConvNet
 from tools.scoring.fast import make_forward, probe
 from tools.scoring.training import BATCH_SIZE, Schedule, assess, train
 

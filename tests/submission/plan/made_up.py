@@ -31,11 +31,12 @@ def make_planner(
     afterwards: float = 0.0,
     pool: int = 0,
     choosing: float = 0.0,
+    sharpening: float = 0.0,
 ) -> tuple[Planner, FakeClock]:
     """A planner of devices that are ready, in batches of so many images or, with None, of the size that is best."""
     clock = FakeClock(now)
     composition, cost = Composition(classes, copies, cap, pool), FileCost(classes, *file)
-    planner = Planner(FilePlan(Budget(seconds, 0.0, clock), composition, cost, afterwards, choosing))
+    planner = Planner(FilePlan(Budget(seconds, 0.0, clock), composition, cost, afterwards, choosing, sharpening))
     planner.expect(devices, batch)
     for device in planner.devices:
         device.loaded("made up", "", {}, 0.0)

@@ -84,9 +84,13 @@ def test_a_pool_grows_until_it_is_time_to_choose_from_it() -> None:
     needed = CHOOSING_DOUBT * 0.1 * files.rounds + CHOOSING_MARGIN
     assert needed < planner.budget.usable < needed + 3, "what choosing, the file and the end take, and not much more"
     files.placed(files.whole)
-    assert files.time_to_choose and not files.last_file() and files.last_file(chosen=True) == Extent(10, 10)
+    assert files.spare > 0.1 * files.rounds, "for all of it"
+    assert not files.last_file() and files.last_file(chosen=True) == Extent(10, 10)
     clock.now = 98.5
-    assert not files.time_to_choose, "the last file has to be begun"
+    assert not files.spare, "the last file has to be begun"
+    planner, clock = make_planner(100, cap=10, pool=10_000, choosing=0.1, sharpening=30.0)
+    generate(planner, clock, 0.1)
+    assert planner.file_plan.rounds < 0.75 * files.rounds, "there is time to sharpen the choice"
 
 
 def test_a_pool_ends_at_its_size_and_with_a_signal() -> None:
@@ -99,7 +103,7 @@ def test_a_pool_ends_at_its_size_and_with_a_signal() -> None:
     reserved = planner.file_plan.reserve(20)
     planner.budget.hurry()
     assert planner.file_plan.reserve(20) < reserved - 200, "there is no choosing"
-    assert not planner.file_plan.time_to_choose
+    assert not planner.file_plan.spare
 
 
 def test_a_budget_is_not_called_too_small_before_larger_batches_are_tried() -> None:

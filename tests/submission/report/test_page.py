@@ -102,6 +102,7 @@ def made(checkpoint_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> M
     file = folder / "pets.toml"
     file.write_text(TASK % HOSTILE)
     options = ["--model", str(checkpoint_folder), "--output", str(folder), "--max-ipc", "5", "--pda", "paper"]
+    options += ["--select", "none"]
     assert cli.main([str(file), *options]) == 0
     manifest = json.loads((folder / "pets.json").read_text())
     return Made(load_task(str(file)), manifest, torch.load(folder / "pets.pt", mmap=True), folder / "pets.html")

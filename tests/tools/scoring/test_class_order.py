@@ -6,10 +6,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from submission.distillation.convnet import ConvNet
 from submission.tasks import Task, load_task
 from tests.tools.real_data import real_subset, real_test_images
 from tools.scoring.class_order import Verdict, judge, known_orders
-from tools.scoring.convnet import ConvNet
 from tools.scoring.fast import make_forward, probe
 from tools.scoring.training import Schedule, assess, train
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from submission.distillation.convnet import ConvNet
 from submission.tasks import load_task
 from tests.paths import ROOT
 from tests.tools.real_data import real_subset, real_test_images
-from tools.scoring.convnet import ConvNet
 from tools.scoring.fast import Arithmetic, make_forward, probe
 from tools.scoring.training import Schedule, assess, train
 
@@ -78,7 +78,7 @@ def test_one_compilation_serves_all_nets_of_a_shape(arithmetic: Arithmetic) -> N
 def test_without_a_compiler(tmp_path: Path) -> None:
     program = """
 import torch
-from tools.scoring.convnet import ConvNet
+from submission.distillation.convnet import ConvNet
 from tools.scoring.fast import make_forward, probe
 net = ConvNet(3, 16)
 arithmetic = probe(net, 4)

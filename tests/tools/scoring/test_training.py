@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from submission.distillation import dsa
+from submission.distillation.convnet import ConvNet
 from tests.paths import ROOT
 from tests.tools.golden import recorded
-from tools.scoring import dsa
-from tools.scoring.convnet import ConvNet
 from tools.scoring.training import Measure, Schedule, assess, train
 
 CLASSES, SIZE = 3, 16

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from submission.distillation.convnet import ConvNet
 from tests.tools.golden import figures, recorded
-from tools.scoring.convnet import ConvNet
 
 SHAPES = {"cifar100": (100, 32), "tinyimagenet": (200, 64)}
 

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 import torch
 
+from submission.distillation import dsa
 from tests.tools.golden import figures, recorded, recorded_operations
-from tools.scoring import dsa
 
 RECORDED_SEEDS = {"color": 100, "crop": 101, "cutout": 102, "flip": 103, "scale": 104, "rotate": 105}
 

@@ -1,5 +1,7 @@
 """Images chosen from a pool: nearer to the class's mean than those made first, and the same ones every time."""
 
+import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from submission.dataset.rounds import Chosen, Rounds, Spool, prepare_spool
-from submission.dataset.selection import Selector, herd
+from submission.distillation.selection import Selector, herd
 from submission.tasks import load_task
 
 CPU = torch.device("cpu")
@@ -45,9 +47,9 @@ def test_each_image_is_the_one_that_takes_the_mean_nearest(
 
 def test_a_choice_is_nearer_to_the_class_than_the_first_images(task_file: Path, pool: Rounds) -> None:
     selector = Selector(load_task(str(task_file)), CPU)
-    numbers, classes = selector.choose(pool, 4, lambda: True)
-    assert classes == 3 and numbers.shape == (4, 3)
-    again, _ = Selector(load_task(str(task_file)), CPU).choose(pool, 4, lambda: True)
+    numbers, looked_at = selector.choose(pool, 4, lambda: math.inf)
+    assert looked_at.tolist() == [20, 20, 20] and numbers.shape == (4, 3)
+    again, _ = Selector(load_task(str(task_file)), CPU).choose(pool, 4, lambda: math.inf)
     assert np.array_equal(numbers, again), "whatever was drawn at random meanwhile"
     chosen = Chosen(pool, numbers)
     for label in range(3):
@@ -59,10 +61,21 @@ def test_a_choice_is_nearer_to_the_class_than_the_first_images(task_file: Path, 
 
 
 def test_classes_for_which_there_is_no_time_have_their_first_images(task_file: Path, pool: Rounds) -> None:
-    asked = iter([True, False])
-    numbers, classes = Selector(load_task(str(task_file)), CPU).choose(pool, 4, lambda: next(asked))
-    assert classes == 1 and numbers[:, 0].tolist() != [0, 1, 2, 3]
+    left = itertools.chain([math.inf, math.inf], itertools.repeat(0.0))
+    numbers, looked_at = Selector(load_task(str(task_file)), CPU).choose(pool, 4, lambda: next(left))
+    assert looked_at.tolist() == [20, 4, 4] and numbers[:, 0].tolist() != [0, 1, 2, 3]
     assert (numbers[:, 1:] == np.arange(4)[:, None]).all()
+
+
+def test_where_time_is_short_classes_are_chosen_from_fewer_rounds(
+    task_file: Path, pool: Rounds, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten seconds pass from one look at the clock to the next, half of one for each image of the first class."""
+    now = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: 10.0 * next(now))
+    numbers, looked_at = Selector(load_task(str(task_file)), CPU).choose(pool, 4, lambda: 12.0)
+    assert looked_at.tolist() == [20, 12, 19], "half of 12 s at 0.5 s an image, then 12 s at 20 s for 32"
+    assert numbers[:, 1].max() < 12
 
 
 @pytest.mark.parametrize("size", [8, 64])

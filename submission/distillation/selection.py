@@ -21,15 +21,16 @@ from submission.tasks import Task
 # So many networks, each of so many blocks of convolution, norm, ReLU and pooling, which halve the sides, with so many
 # channels. What is left is averaged to so many pixels each way.
 NETWORKS, DEPTH, WIDTH, SIDE = 4, 3, 32, 4
-# Images that go through them at a time.
-BATCH = 256
+# Images that go through them at a time: what 256 make of themselves does not stay in a core's cache, and took twice as
+# long each.
+BATCH = 64
 
 
 class Selector:
     """Chooses images of a task on a device. The networks have the same weights every time."""
 
     def __init__(self, task: Task, device: torch.device) -> None:
-        self._task, self._device = task, device
+        self.task, self.device = task, device
         self._mean, self._std = (figure.to(device) for figure in mean_and_std(task))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -37,7 +38,7 @@ class Selector:
 
     def seconds_per_image(self) -> float:
         """What an image of the pool takes, measured on noise."""
-        size = self._task.size
+        size = self.task.size
         noise = np.random.default_rng(0).integers(0, 256, (BATCH, 3, size, size), dtype=np.uint8)
         seconds = []
         for _ in range(3):  # the first one is slow
@@ -46,25 +47,33 @@ class Selector:
             seconds.append(time.perf_counter() - began)
         return min(seconds) / BATCH
 
-    def choose(self, pool: Rounds, count: int, go_on: Callable[[], bool]) -> tuple[NDArray[np.int64], int]:
-        """Rounds int64 [count, classes] to take each class's images from, and for how many classes they were chosen:
-        where `go_on`, which is asked all the time, says no, the rest have those of the first rounds."""
-        classes = len(self._task.classes)
+    def choose(
+        self, pool: Rounds, count: int, seconds_left: Callable[[], float]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Rounds int64 [count, classes] to take each class's images from, and from how many of the first rounds each
+        was chosen, int64 [classes]: fewer than all where `seconds_left`, which is asked all the time, is too short for
+        the classes still to come, and `count`, so that nothing was chosen, where it is over."""
+        classes, spent, seen = len(self.task.classes), 0.0, 0
         numbers = np.repeat(np.arange(count)[:, None], classes, axis=1)
+        looked_at = np.full(classes, count)
         for label in range(classes):
-            parts = []
-            for start in range(0, len(pool), BATCH):
-                if not go_on():
-                    return numbers, label
-                rounds = np.arange(start, min(start + BATCH, len(pool)))
+            fitting = seconds_left() / (classes - label) * seen / spent if seen else len(pool)
+            end = max(count, int(min(fitting, len(pool))))
+            parts, began = [], time.perf_counter()
+            for start in range(0, end, BATCH):
+                if seconds_left() <= 0:
+                    return numbers, looked_at
+                rounds = np.arange(start, min(start + BATCH, end))
                 parts.append(self.features(pool[rounds, np.full(len(rounds), label)]))
-            numbers[:, label] = herd(torch.cat(parts), count)
-        return numbers, classes
+            features = torch.cat(parts)
+            numbers[:, label], looked_at[label] = herd(features, count), len(features)
+            spent, seen = spent + time.perf_counter() - began, seen + len(features)
+        return numbers, looked_at
 
     @torch.inference_mode()
     def features(self, images: NDArray[np.uint8]) -> Tensor:
         """Float32 [n, features] of images uint8 [n, 3, H, W], on the CPU."""
-        pixels = torch.from_numpy(images).to(self._device).float() / 255
+        pixels = torch.from_numpy(images).to(self.device).float() / 255
         normalised = ((pixels - self._mean) / self._std).to(memory_format=torch.channels_last)
         return torch.cat([network(normalised).flatten(1) for network in self._networks], dim=1).cpu()
 
@@ -87,5 +96,5 @@ def _network() -> nn.Sequential:
     layers: list[nn.Module] = []
     for block in range(DEPTH):
         convolution = nn.Conv2d(WIDTH if block else 3, WIDTH, 3, padding=1)
-        layers += [convolution, nn.GroupNorm(WIDTH, WIDTH), nn.ReLU(), nn.AvgPool2d(2)]
+        layers += [convolution, nn.GroupNorm(WIDTH, WIDTH), nn.ReLU(inplace=True), nn.AvgPool2d(2)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(SIDE))

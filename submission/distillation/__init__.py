@@ -1,0 +1,1 @@
+"""Few images in place of many: chosen from a pool, and sharpened."""
