@@ -18,7 +18,7 @@ from submission.model.checkpoint import EMBEDDED
 from submission.tasks import load_task
 from tests.paths import ROOT
 from tests.tools.real_data import FOLDER, real_test_images
-from tools import audit, evaluate, init, make_checkpoint, rehearse, report, train_embedded
+from tools import audit, evaluate, init, make_checkpoint, rehearse, report, reproduce, train_embedded
 from tools import fetch_weights as fetch
 from tools.bench import __main__ as bench
 
@@ -30,6 +30,7 @@ TOOLS = {
     "init": init.build_parser,
     "make-checkpoint": make_checkpoint.build_parser,
     "rehearse": rehearse.build_parser,
+    "reproduce": reproduce.build_parser,
     "report": report.build_parser,
     "train-embedded": train_embedded.build_parser,
 }
@@ -88,7 +89,7 @@ def test_a_printed_command_is_one_that_there_is(command: str) -> None:
         return
     if arguments or parser.prog != "./run.sh train-embedded":  # named alone, in passing
         _, others = parser.parse_known_args([word.replace("EPOCH", "0") for word in arguments])
-        assert not others or parser.prog == "./run.sh rehearse", others
+        assert not others or parser.prog in ("./run.sh rehearse", "./run.sh reproduce"), others
         cli.build_parser().parse_args(["cifar100", *others])  # what rehearse passes on
 
 

@@ -103,8 +103,12 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
             ending = Ending(request, checkpoint.sampling, engine, planner, files, digests, log)
             guard.serve(ending)
             try:
-                Generation(request.devices, engine, planner, queue, files, history, log).run(guard.stop)
+                generation = Generation(request.devices, engine, planner, queue, files, history, log)
+                generation.run(guard.stop)
                 if selector:
+                    # What was measured beside all that goes on at the start: now it tells how many more rounds fit.
+                    file_plan.choosing_takes(composition.classes * selector.seconds_per_image())
+                    generation.run(guard.stop)
                     choose_images(selector, files, guard.stop, log)
                 # Whoever holds this lock writes the last file. If the guard does, this waits until the process ends or,
                 # where other tasks follow, until the guard is done.

@@ -83,6 +83,10 @@ class FilePlan:
         """So many rounds may be written now."""
         self.rounds = rounds
 
+    def choosing_takes(self, seconds: float) -> None:
+        """So long per round, as was measured anew."""
+        self.choosing = seconds
+
     def wrote(self, extent: Extent, seconds: float, spent: float) -> None:
         """A snapshot was written, which would have taken so many seconds alone and took `spent` from generation."""
         self.spent += spent

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from submission import cli
 from submission.distillation import sharpening
+from submission.distillation.selection import Selector
 from submission.errors import BankoError
 from submission.job import ending
 from submission.job import run as job
@@ -171,6 +172,16 @@ def test_a_pool_takes_what_time_there_is(run: Run, tmp_path: Path) -> None:
     assert manifest["ipc"] == 2 and 20 < manifest["pool"] < manifest["max_pool"]
     assert manifest["elapsed_seconds"] > 5 and "choose images" in manifest["phases_seconds"]
     assert not (tmp_path / "out/.tiny.spool").exists()
+
+
+def test_where_choosing_turns_out_to_take_less_the_pool_grows_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At first it seems to take a second per round, and half the time would be left over."""
+    measured = iter([1 / 3, 1e-4])
+    monkeypatch.setattr(Selector, "seconds_per_image", lambda _: next(measured))
+    run("--max-ipc", "2", "--select", "auto", "--budget", "15s")
+    assert json.loads((tmp_path / "out/tiny.json").read_text())["pool"] > 30
 
 
 def test_prompt_styles_make_different_images(run: Run, task_file: Path) -> None:
