@@ -43,7 +43,7 @@ class Selector:
         seconds = []
         for _ in range(3):  # the first one is slow
             began = time.perf_counter()
-            self.features(noise)
+            self.features(noise)[0, 0].item()  # which waits for a GPU
             seconds.append(time.perf_counter() - began)
         return min(seconds) / BATCH
 
@@ -51,37 +51,37 @@ class Selector:
         self, pool: Rounds, count: int, seconds_left: Callable[[], float]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rounds int64 [count, classes] to take each class's images from, and from how many of the first rounds each
-        was chosen, int64 [classes]: fewer than all where `seconds_left`, which is asked all the time, is too short for
-        the classes still to come, and `count`, so that nothing was chosen, where it is over."""
-        classes, spent, seen = len(self.task.classes), 0.0, 0
+        was chosen, int64 [classes]: from fewer where `seconds_left`, which is asked all the time, is too short for all
+        the classes still to come, and from `count`, which is no choice, where it is over."""
+        classes, end = len(self.task.classes), len(pool)
         numbers = np.repeat(np.arange(count)[:, None], classes, axis=1)
         looked_at = np.full(classes, count)
+        spent, seen = BATCH * self.seconds_per_image(), BATCH
         for label in range(classes):
-            fitting = seconds_left() / (classes - label) * seen / spent if seen else len(pool)
-            end = max(count, int(min(fitting, len(pool))))
+            fitting = seconds_left() / (classes - label) * seen / spent
+            end = max(count, int(min(fitting, end)))  # never more than for the class before: the last would starve
             parts, began = [], time.perf_counter()
             for start in range(0, end, BATCH):
                 if seconds_left() <= 0:
                     return numbers, looked_at
                 rounds = np.arange(start, min(start + BATCH, end))
                 parts.append(self.features(pool[rounds, np.full(len(rounds), label)]))
-            features = torch.cat(parts)
-            numbers[:, label], looked_at[label] = herd(features, count), len(features)
-            spent, seen = spent + time.perf_counter() - began, seen + len(features)
+            numbers[:, label], looked_at[label] = herd(torch.cat(parts), count), end
+            spent, seen = spent + time.perf_counter() - began, seen + end
         return numbers, looked_at
 
     @torch.inference_mode()
     def features(self, images: NDArray[np.uint8]) -> Tensor:
-        """Float32 [n, features] of images uint8 [n, 3, H, W], on the CPU."""
+        """Float32 [n, features] of images uint8 [n, 3, H, W], on the device."""
         pixels = torch.from_numpy(images).to(self.device).float() / 255
         normalised = ((pixels - self._mean) / self._std).to(memory_format=torch.channels_last)
-        return torch.cat([network(normalised).flatten(1) for network in self._networks], dim=1).cpu()
+        return torch.cat([network(normalised).flatten(1) for network in self._networks], dim=1)
 
 
 def herd(features: Tensor, count: int) -> NDArray[np.int64]:
     """Int64 [count]: which rows of `features` [n, d] to choose, in order; n is at least count."""
     features = features - features.mean(0)
-    squares, total = features.square().sum(1), torch.zeros(features.shape[1])
+    squares, total = features.square().sum(1), torch.zeros_like(features[0])
     chosen = np.empty(count, np.int64)
     for place in range(count):
         # |total + x|^2 less what does not depend on x.

@@ -69,8 +69,8 @@ def no_room(requests: Sequence[JobRequest], free: float) -> OutputError:
 
 @dataclass(frozen=True)
 class Choice:
-    """Images for the last file, indexed as rounds are: chosen from a `pool` of so many, and moved by so many `steps` of
-    sharpening."""
+    """Images for the last file, indexed as rounds are: those of each class chosen from a `pool` of so many rounds or
+    more, and moved by so many `steps` of sharpening."""
 
     images: Chosen | NDArray[np.uint8]
     pool: int

@@ -5,6 +5,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -134,16 +135,15 @@ def choose_images(selector: Selector, files: JobFiles, stop: threading.Event, lo
 
     with log.phase("choose images"):
         numbers, looked_at = selector.choose(pool, cap, lambda: seconds_left() - plan.sharpening)
-    if looked_at.max() == cap:
+    chosen = looked_at > cap
+    if not chosen.any():
         return
-    choice = Choice(Chosen(pool, numbers), len(pool))
+    seen = int(looked_at[chosen].min())
+    choice = Choice(Chosen(pool, numbers), seen)
     files.take(choice)
-    log.say(f"IPC {cap} chosen from {len(pool)} rounds")
-    if fewer := np.count_nonzero(looked_at < len(pool)):
-        log.warn(
-            f"no time to choose from {len(pool)} rounds everywhere: {fewer} of {classes} classes were chosen from the "
-            f"first {looked_at.min()} or more"
-        )
+    log.say(f"IPC {cap} chosen from {seen} rounds" + f", all there was time for of {len(pool)}" * (seen < len(pool)))
+    if others := classes - np.count_nonzero(chosen):
+        log.warn(f"no time to choose images of {others} of {classes} classes: they have those made first")
     if plan.sharpening:
         with log.phase("sharpen images"):
             sharpen_images(selector, choice, pool, files, lambda: seconds_left() > 0, log)
@@ -161,7 +161,7 @@ def sharpen_images(
         log.warn("the GPU has too little memory to sharpen images: they stay as they were chosen")
         return
     if steps:
-        files.take(Choice(moved, len(pool), steps))
+        files.take(replace(choice, images=moved, steps=steps))
         log.say(f"sharpened in {steps} of {sharpening.STEPS} steps")
 
 

@@ -61,7 +61,7 @@ def test_a_choice_is_nearer_to_the_class_than_the_first_images(task_file: Path, 
 
 
 def test_classes_for_which_there_is_no_time_have_their_first_images(task_file: Path, pool: Rounds) -> None:
-    left = itertools.chain([math.inf, math.inf], itertools.repeat(0.0))
+    left = itertools.chain([1e9, 1e9], itertools.repeat(0.0))
     numbers, looked_at = Selector(load_task(str(task_file)), CPU).choose(pool, 4, lambda: next(left))
     assert looked_at.tolist() == [20, 4, 4] and numbers[:, 0].tolist() != [0, 1, 2, 3]
     assert (numbers[:, 1:] == np.arange(4)[:, None]).all()
@@ -70,12 +70,13 @@ def test_classes_for_which_there_is_no_time_have_their_first_images(task_file: P
 def test_where_time_is_short_classes_are_chosen_from_fewer_rounds(
     task_file: Path, pool: Rounds, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Ten seconds pass from one look at the clock to the next, half of one for each image of the first class."""
-    now = itertools.count()
+    """An image takes a second, and a class ten: half of what it seemed at first."""
+    now, left = itertools.count(), itertools.chain([60.0, 60.0, 30.0, 30.0, 11.0], itertools.repeat(11.0))
+    monkeypatch.setattr(Selector, "seconds_per_image", lambda _: 1.0)
     monkeypatch.setattr("time.perf_counter", lambda: 10.0 * next(now))
-    numbers, looked_at = Selector(load_task(str(task_file)), CPU).choose(pool, 4, lambda: 12.0)
-    assert looked_at.tolist() == [20, 12, 19], "half of 12 s at 0.5 s an image, then 12 s at 20 s for 32"
-    assert numbers[:, 1].max() < 12
+    numbers, looked_at = Selector(load_task(str(task_file)), CPU).choose(pool, 4, lambda: next(left))
+    seen = [20, int(30 / 2 * 84 / 74), int(11 * 101 / 84)]
+    assert looked_at.tolist() == seen and (numbers.max(0) < seen).all()
 
 
 @pytest.mark.parametrize("size", [8, 64])
