@@ -69,12 +69,26 @@ def no_room(requests: Sequence[JobRequest], free: float) -> OutputError:
 
 @dataclass(frozen=True)
 class Choice:
-    """Images for the last file, indexed as rounds are: those of each class chosen from a `pool` of so many rounds or
-    more, and moved by so many `steps` of sharpening."""
+    """Images for the last file: those of each class `chosen` from a `pool` of so many rounds or more, or what they were
+    `moved` to by so many `steps` of sharpening, uint8 [IPC, classes, 3, size, size]."""
 
-    images: Chosen | NDArray[np.uint8]
+    chosen: Chosen
     pool: int
+    moved: NDArray[np.uint8] | None = None
     steps: int = 0
+
+    @property
+    def images(self) -> Chosen | NDArray[np.uint8]:
+        return self.chosen if self.moved is None else self.moved
+
+    def examples(self, count: int) -> dict[str, NDArray[np.uint8]]:
+        """A few of the first class's images, and those made first that were passed over."""
+        places, label = np.arange(min(count, len(self.chosen))), np.zeros(count, np.int64)
+        strips = {"chosen": self.chosen[places, label[: len(places)]]}
+        if self.moved is not None:
+            strips["sharpened"] = self.moved[places, 0]
+        others = np.setdiff1d(np.arange(len(self.chosen.pool)), self.chosen.numbers[:, 0])[:count]
+        return strips | {"passed over": self.chosen.pool[others, label[: len(others)]]}
 
 
 class JobFiles:
@@ -155,7 +169,9 @@ class JobFiles:
             classes = self._request.image.task.classes[:MOST_CLASSES]
             labels = np.arange(len(classes))
             images = self.chosen.images if self.chosen else self.spool.read()
-            sheet = draw_contact_sheet(images[np.zeros_like(labels), labels], [c.name for c in classes])
+            examples = self.chosen.examples(len(classes)) if self.chosen else {}
+            strips = {f"{classes[0].name}, {how}": some for how, some in examples.items()}
+            sheet = draw_contact_sheet(images[np.zeros_like(labels), labels], [c.name for c in classes], strips)
             write_whole(self._request.dataset.with_suffix(".png"), sheet)
             self._sheet_drawn = True
 

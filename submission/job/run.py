@@ -161,7 +161,7 @@ def sharpen_images(
         log.warn("the GPU has too little memory to sharpen images: they stay as they were chosen")
         return
     if steps:
-        files.take(replace(choice, images=moved, steps=steps))
+        files.take(replace(choice, moved=moved, steps=steps))
         log.say(f"sharpened in {steps} of {sharpening.STEPS} steps")
 
 

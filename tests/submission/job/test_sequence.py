@@ -74,6 +74,16 @@ def test_both_tasks_leave_what_each_alone_leaves(tmp_path: Path, tasks: tuple[st
     assert "cifar100: " not in said(tmp_path / "alone"), "one task has said it all"
 
 
+def test_ten_images_per_class_are_what_the_public_script_asserts(tmp_path: Path) -> None:
+    """The challenge's evaluate.py takes exactly these shapes, by torch.load's defaults, and labels them by position."""
+    output, options = tmp_path / "out", ("--max-ipc", "10", "--batch-size", "500")
+    assert end(forked.start(output, *options, tasks=("cifar100", "tinyimagenet"))) == 0, said(output)
+    for name, classes, size in (("cifar100", 100, 32), ("tinyimagenet", 200, 64)):
+        images = torch.load(output / f"{name}.pt")
+        assert images.shape == (10 * classes, 3, size, size) and images.dtype == torch.float32
+        assert images.is_contiguous() and not images.requires_grad and check(output, name)["rounds"] == 10
+
+
 def test_one_limit_for_all_is_kept_and_used(tmp_path: Path, tasks: tuple[str, str]) -> None:
     """The first task is done at once: its time is the second one's."""
     output, began = tmp_path / "out", time.time()

@@ -120,13 +120,14 @@ def test_it_tells_what_was_asked_and_what_happened(made: Made) -> None:
 def test_the_command_asks_for_what_was_asked_for(made: Made) -> None:
     assert not {"--steps", "--guidance"} & set(Elements(made.page.read_text()).text.split("="))
     of_one: dict[str, Any] = {"steps": 4, "guidance": [1.0, 3.0], "prompts": "own", "prompts_file": "my words.toml"}
-    of_one |= {"max_pool": 10_000, "pool": 1234}
+    of_one |= {"max_pool": 10_000, "pool": 1234, "sharpening_steps": 800}
     text = Elements(made.page_with(**of_one, tasks=["cifar100", "pets"])).text
     (command,) = re.findall(r"\./run\.sh .*", text)
     options = cli.build_parser().parse_args(shlex.split(command)[1:])
     assert options.tasks == ["cifar100", "pets.toml"], "whose prompts are in the same file"
     assert (options.steps, options.guidance, options.prompts) == (4, (1.0, 3.0), Path("my words.toml"))
-    assert options.pool == 10_000 and "chosen from 1,234" in text
+    assert options.pool == 1234, "as many as there was time for"
+    assert "chosen from 1,234 and sharpened" in text
 
 
 def test_the_page_needs_no_other_file(made: Made) -> None:
