@@ -24,7 +24,7 @@ from submission import cli
 from tests import forked
 from tests.conftest import TINY_TASK
 from tests.paths import ROOT
-from tools import audit, evaluate, init, make_checkpoint, rehearse
+from tools import audit, evaluate, init, make_checkpoint, rehearse, reproduce
 from tools.bench import __main__ as bench
 
 RUN = ROOT / "run.sh"
@@ -35,6 +35,7 @@ TOOLS: dict[str, forked.Main] = {
     "init": init.main,
     "make-checkpoint": make_checkpoint.main,
     "rehearse": rehearse.main,
+    "reproduce": reproduce.main,
 }
 
 
@@ -182,6 +183,7 @@ USAGE = [
     Row("cifar100 --seeds 3", 2, "unrecognized arguments: --seeds 3"),
     Row("cifar100 --seed -1", 2, "argument --seed: '-1' is not a whole number, 0 or more"),
     Row("cifar100 --max-ipc 0", 2, "'0' is not a whole number, 1 or more"),
+    Row("cifar100 --select none --pool 20", 2, "--pool is what to choose from, and --select none chooses nothing"),
     Row("cifar100 --batch-size x", 2, "argument --batch-size: 'x' is not a whole number, 1 or more"),
     pytest.param(
         Row("cifar100 --device cuda", 2, "sees no CUDA device here; use --device cpu, or check the driver"),
@@ -296,6 +298,7 @@ JOB = [
     Row("cifar100 tiny.toml --model checkpoint --output taken", 5, "taken/tiny.pt is a folder: rename it, or choose"),
 ]
 TOOLS_REFUSE = [
+    Row("reproduce pets.toml", 2, "nothing was published of pets.toml: the tasks are cifar100 and tinyimagenet"),
     Row("audit", 2, "the following arguments are required: FILE.pt; ./run.sh audit --help says more"),
     Row("audit submit/tiny.pt", 2, "--task is missing: no task is called 'tiny' (did you mean 'tiny.toml'?)"),
     Row("audit nowhere.pt --task tiny.toml", 6, "nowhere.pt: no such file"),

@@ -56,7 +56,7 @@ def sharpen(
 
 def seconds(task: Task, device: torch.device, count: int) -> float:
     """What all steps take for so many images per class, measured on noise; infinite on a CPU, where one step for ten
-    images of each of 100 classes took 15 seconds on two cores. Raises torch.OutOfMemoryError."""
+    images of each of 100 classes took 36 seconds on two busy cores. Raises torch.OutOfMemoryError."""
     if device.type != "cuda":
         return math.inf
     shape = (count, len(task.classes), 3, task.size, task.size)

@@ -46,8 +46,9 @@ from submission.tasks import builtin_names
 GUESSED_FIXED, GUESSED_VALUE, GUESSED_COPY = 0.1, 1e-8, 2e-8
 # Seconds that ending other processes may take where this one is about to go.
 EXIT_PATIENCE = 0.1
-# Images are sharpened where that takes no more than this share of the time left once the model is there.
-SHARPENING_SHARE = 0.4
+# Images are sharpened where that takes no more than this share of the time left once the model is there, and up to so
+# many per class: whether it helps larger sets was not measured.
+SHARPENING_SHARE, MOST_SHARPENED = 0.4, 10
 
 Prepare = Callable[[JobRequest, Checkpoint, Engine, Spool], Load]
 
@@ -268,11 +269,10 @@ def plan_files(
     afterwards = to_close + (seconds if seconds <= REPORT_SHARE * budget.seconds else 0)
     if selector is None:
         return FilePlan(budget, composition, cost, afterwards)
-    choosing = composition.classes * selector.seconds_per_image()
-    try:
-        sharpen = sharpening.seconds(selector.task, selector.device, composition.cap)
-    except torch.OutOfMemoryError:
-        sharpen = math.inf
+    choosing, sharpen = composition.classes * selector.seconds_per_image(), math.inf
+    if composition.cap <= MOST_SHARPENED:
+        with suppress(torch.OutOfMemoryError):
+            sharpen = sharpening.seconds(selector.task, selector.device, composition.cap)
     return FilePlan(
         budget, composition, cost, afterwards, choosing, sharpen if sharpen <= SHARPENING_SHARE * budget.left else 0.0
     )
