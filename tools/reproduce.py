@@ -52,11 +52,12 @@ def build_parser() -> Parser:
         "with the published copies; for CIFAR-100 also in the published order of classes. Draws the published figure. "
         "All other options go to the job.",
         epilog="examples:\n  ./run.sh reproduce --model models/sdxl-turbo --truth_dir reference_data\n"
-        "  ./run.sh reproduce cifar100 --model embedded --max-steps 400\n\n"
+        "  ./run.sh reproduce --tasks cifar100 --model embedded --max-steps 400\n\n"
         "exit codes: 0 done; 2 usage; 5 output cannot be written; 6 the job or the evaluator refused",
     )
     add = parser.add_argument
-    add("tasks", nargs="*", metavar="TASK", help=" or ".join(GENERATED) + " (default: both)")
+    # No positional argument: it would take the values of the job's options for its own.
+    add("--tasks", nargs="+", default=[*GENERATED], metavar="TASK", help="of cifar100 and tinyimagenet (default: both)")
     add("--truth_dir", type=Path, default=Path("reference_data"), metavar="DIR", help="the evaluator's")
     add("--output_dir", type=Path, default=Path("reproduction"), metavar="DIR", help="gets table, sheets and files")
     add("--max-steps", type=number_from(1), metavar="S", help="the evaluator's (default: the full recipe)")
@@ -76,7 +77,7 @@ def reproduce(options: argparse.Namespace, passed_on: Sequence[str]) -> None:
     """Makes, scores, tells. Raises InputFileError, OutputError."""
     if unknown := set(options.tasks) - GENERATED.keys():
         raise UsageError(f"nothing was published of {min(unknown)}: the tasks are {' and '.join(GENERATED)}")
-    tasks = [load_task(name) for name in options.tasks or GENERATED]
+    tasks = [load_task(name) for name in options.tasks]
     rows = [row for task in tasks for row in make(task, options.output_dir, passed_on)]
     lines = [
         "| task | images per class | order of classes | accuracy | each run | published |",

@@ -34,7 +34,9 @@ def test_the_table_has_the_published_order_beside_the_right_one(
     output = tmp_path / "out"
     options = ["--truth_dir", str(tmp_path / "truth"), "--output_dir", str(output), "--protocol", "official"]
     job = ["--model", "embedded", "--device", "cpu", "--budget", "90s", "--batch-size", "500"]
-    assert reproduce.main(["cifar100", *options, "--max-steps", "1", "--runs", "1", *job]) == 0, capfd.readouterr().err
+    assert reproduce.main(["--tasks", "cifar100", *options, "--max-steps", "1", "--runs", "1", *job]) == 0, (
+        capfd.readouterr().err
+    )
     rows = (output / "table.md").read_text().splitlines()[2:]
     assert [re.split(r" *\| *", row)[2:4] for row in rows] == [
         ["20", "the evaluator's"],
@@ -54,7 +56,7 @@ def test_the_table_has_the_published_order_beside_the_right_one(
 
 
 def test_what_cannot_be_reproduced_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert reproduce.main(["cifar10"]) == 2
+    assert reproduce.main(["--tasks", "cifar10"]) == 2
     assert "nothing was published of cifar10: the tasks are cifar100 and tinyimagenet" in capfd.readouterr().err
-    assert reproduce.main(["cifar100", "--model", "/no/where", "--output_dir", str(tmp_path / "out")]) == 6
+    assert reproduce.main(["--model", "/no/where", "--output_dir", str(tmp_path / "out")]) == 6
     assert "./run.sh cifar100 ended with exit code 4, as said above" in capfd.readouterr().err
