@@ -299,7 +299,7 @@ JOB = [
 ]
 TOOLS_REFUSE = [
     Row(
-        "reproduce --tasks pets.toml", 2, "nothing was published of pets.toml: the tasks are cifar100 and tinyimagenet"
+        "reproduce --tasks pets.toml", 2, "nothing was published of pets.toml: the tasks are cifar100"
     ),
     Row("audit", 2, "the following arguments are required: FILE.pt; ./run.sh audit --help says more"),
     Row("audit submit/tiny.pt", 2, "--task is missing: no task is called 'tiny' (did you mean 'tiny.toml'?)"),
