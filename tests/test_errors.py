@@ -298,9 +298,7 @@ JOB = [
     Row("cifar100 tiny.toml --model checkpoint --output taken", 5, "taken/tiny.pt is a folder: rename it, or choose"),
 ]
 TOOLS_REFUSE = [
-    Row(
-        "reproduce --tasks pets.toml", 2, "nothing was published of pets.toml: the tasks are cifar100"
-    ),
+    Row("reproduce --tasks pets.toml", 2, "nothing was published of pets.toml: the tasks are cifar100"),
     Row("audit", 2, "the following arguments are required: FILE.pt; ./run.sh audit --help says more"),
     Row("audit submit/tiny.pt", 2, "--task is missing: no task is called 'tiny' (did you mean 'tiny.toml'?)"),
     Row("audit nowhere.pt --task tiny.toml", 6, "nowhere.pt: no such file"),
