@@ -5,6 +5,7 @@ Diffusion Model" (arXiv 2408.08610), with the published class order of CIFAR-100
 """
 
 import argparse
+import io
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ from PIL import Image
 from submission.arguments import Parser, exit_code_of, number_from
 from submission.dataset.dataset_file import FileSpec, mean_and_std, write_dataset
 from submission.errors import InputFileError, OutputError, UsageError
+from submission.machine.disk import write_whole
 from submission.tasks import Task, load_task
 from tools.reading.tensor_files import read_submission
 from tools.scoring.class_order import known_orders
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def reproduce(options: argparse.Namespace, passed_on: Sequence[str]) -> None:
-    """Makes, scores, tells. Raises InputFileError, OutputError."""
+    """Makes, scores, tells. Raises UsageError, InputFileError, OutputError."""
     if unknown := set(options.tasks) - GENERATED.keys():
         raise UsageError(f"nothing was published of {min(unknown)}: the tasks are {' and '.join(GENERATED)}")
     tasks = [load_task(name) for name in options.tasks]
@@ -89,11 +91,9 @@ def reproduce(options: argparse.Namespace, passed_on: Sequence[str]) -> None:
         each, mean = ", ".join(f"{run:.4f}" for run in runs), f"{fmean(runs):.4f}"
         lines.append(f"| {row.task.title} | {row.images} | {row.order} | {mean} | {each} | {published} |")
     table = "\n".join(lines) + "\n"
-    try:
-        (options.output_dir / "table.md").write_text(table)
-    except OSError as error:
-        raise OutputError(f"cannot write into {options.output_dir} ({error.strerror})") from error
-    print(f"\n{table}\n{options.output_dir}/table.md; the figure: NAME.png beside it")
+    write_whole(options.output_dir / "table.md", table.encode())
+    figures = ", ".join(f"{task.name}.png" for task in tasks)
+    print(f"\n{table}\n{options.output_dir}: table.md, and the figure: {figures}")
 
 
 def make(task: Task, output: Path, passed_on: Sequence[str]) -> list[Row]:
@@ -116,7 +116,8 @@ def make(task: Task, output: Path, passed_on: Sequence[str]) -> list[Row]:
     else:
         rows.append(Row(task, augmented, copies, "the evaluator's", published))
     augment(images, task, augmented)
-    draw_figure(read_images(augmented / f"{task.name}.pt", task), count).save(output / f"{task.name}.png")
+    figure = draw_figure(read_images(augmented / f"{task.name}.pt", task), count)
+    write_whole(output / f"{task.name}.png", figure)
     return rows
 
 
@@ -138,12 +139,14 @@ def augment(images: NDArray[np.uint8], task: Task, folder: Path) -> None:
     write_dataset(folder / f"{task.name}.pt", images, spec)
 
 
-def draw_figure(images: NDArray[np.uint8], generated: int) -> Image.Image:
-    """A generated image of each of the first classes, and below it its copies, each `generated` places further on."""
+def draw_figure(images: NDArray[np.uint8], generated: int) -> bytes:
+    """A PNG: an image of each of the first classes, below it its copies, each `generated` places further on."""
     shown = images[::generated, :SHEET_CLASSES].transpose(0, 3, 1, 4, 2)
     rows, height, columns, width, _ = shown.shape
     sheet = Image.fromarray(np.ascontiguousarray(shown).reshape(rows * height, columns * width, 3))
-    return sheet.resize((columns * CELL, rows * CELL), Image.Resampling.NEAREST)
+    png = io.BytesIO()
+    sheet.resize((columns * CELL, rows * CELL), Image.Resampling.NEAREST).save(png, format="PNG")
+    return png.getvalue()
 
 
 def score(row: Row, options: argparse.Namespace) -> list[float]:
@@ -152,7 +155,7 @@ def score(row: Row, options: argparse.Namespace) -> list[float]:
     arguments += ["--tasks", row.task.name, "--runs", options.runs, "--protocol", options.protocol]
     if options.max_steps:
         arguments += ["--max-steps", options.max_steps]
-    print(f"\n{row.task.title}: {row.images} images per class, order of classes: {row.order}", flush=True)
+    print(f"\n{row.task.title}; images per class: {row.images}; order of classes: {row.order}", flush=True)
     call(["evaluate", *map(str, arguments)])
     results = json.loads((row.folder / "scores/results.json").read_text())
     runs: list[float] = results["tasks"][row.task.name]["runs"]

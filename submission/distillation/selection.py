@@ -48,15 +48,16 @@ class Selector:
         return min(seconds) / BATCH
 
     def choose(
-        self, pool: Rounds, count: int, seconds_left: Callable[[], float]
+        self, pool: Rounds, count: int, pace: float, seconds_left: Callable[[], float]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Rounds int64 [count, classes] to take each class's images from, and from how many of the first rounds each
         was chosen, int64 [classes]: from fewer where `seconds_left`, which is asked all the time, is too short for all
-        the classes still to come, and from `count`, which is no choice, where it is over."""
+        the classes still to come, and from `count`, which is no choice, where it is over. `pace` is what an image is
+        expected to take, in seconds."""
         classes, end = len(self.task.classes), len(pool)
         numbers = np.repeat(np.arange(count)[:, None], classes, axis=1)
         looked_at = np.full(classes, count)
-        spent, seen = BATCH * self.seconds_per_image(), BATCH
+        spent, seen = BATCH * pace, BATCH
         for label in range(classes):
             fitting = seconds_left() / (classes - label) * seen / spent
             end = max(count, int(min(fitting, end)))  # never more than for the class before: the last would starve

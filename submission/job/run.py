@@ -1,6 +1,5 @@
 """The story, top to bottom: a task and a budget go in, a dataset file comes out before the deadline."""
 
-import math
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -46,8 +45,9 @@ from submission.tasks import builtin_names
 GUESSED_FIXED, GUESSED_VALUE, GUESSED_COPY = 0.1, 1e-8, 2e-8
 # Seconds that ending other processes may take where this one is about to go.
 EXIT_PATIENCE = 0.1
-# Images are sharpened where that takes no more than this share of the time left once the model is there, and up to so
-# many per class: whether it helps larger sets was not measured.
+# Images are sharpened on a GPU, where that takes no more than this share of the time left once the model is there, and
+# up to so many per class: whether it helps larger sets was not measured. On a CPU, one step for ten images of each of
+# 100 classes took 36 seconds on two busy cores.
 SHARPENING_SHARE, MOST_SHARPENED = 0.4, 10
 
 Prepare = Callable[[JobRequest, Checkpoint, Engine, Spool], Load]
@@ -77,7 +77,7 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
             selector = None
             if composition.pool:
                 selector = Selector(request.image.task, torch.device(engine.placement.kind if engine.alone else "cpu"))
-            file_plan = plan_files(request, composition, budget, engine.seconds_to_close, selector)
+            file_plan = plan_files(request, composition, budget, engine.seconds_to_close, selector, log)
             file_plan.grew(spool.count)
             planner = Planner(file_plan, before=sum(number in spool for number in range(composition.most_rounds)))
 
@@ -135,7 +135,8 @@ def choose_images(selector: Selector, files: JobFiles, stop: threading.Event, lo
         return 0.0 if stop.is_set() else plan.spare
 
     with log.phase("choose images"):
-        numbers, looked_at = selector.choose(pool, cap, lambda: seconds_left() - plan.sharpening)
+        pace = plan.choosing / classes
+        numbers, looked_at = selector.choose(pool, cap, pace, lambda: seconds_left() - plan.sharpening)
     chosen = looked_at > cap
     if not chosen.any():
         return
@@ -159,7 +160,7 @@ def sharpen_images(
     try:
         moved, steps = sharpening.sharpen(selector.task, selector.device, images, pool, go_on)
     except torch.OutOfMemoryError:
-        log.warn("the GPU has too little memory to sharpen images: they stay as they were chosen")
+        log.warn("the GPU has too little memory to sharpen images: they stay as they are chosen")
         return
     if steps:
         files.take(replace(choice, moved=moved, steps=steps))
@@ -259,7 +260,7 @@ def try_writing(request: JobRequest) -> None:
 
 
 def plan_files(
-    request: JobRequest, composition: Composition, budget: Budget, to_close: float, selector: Selector | None
+    request: JobRequest, composition: Composition, budget: Budget, to_close: float, selector: Selector | None, log: Log
 ) -> FilePlan:
     """A plan that guesses what a file costs until one has been written. After the last one it takes so many seconds
     `to_close` the engine, and time for the report, where that is a small part of the budget."""
@@ -269,10 +270,22 @@ def plan_files(
     afterwards = to_close + (seconds if seconds <= REPORT_SHARE * budget.seconds else 0)
     if selector is None:
         return FilePlan(budget, composition, cost, afterwards)
-    choosing, sharpen = composition.classes * selector.seconds_per_image(), math.inf
-    if composition.cap <= MOST_SHARPENED:
-        with suppress(torch.OutOfMemoryError):
-            sharpen = sharpening.seconds(selector.task, selector.device, composition.cap)
-    return FilePlan(
-        budget, composition, cost, afterwards, choosing, sharpen if sharpen <= SHARPENING_SHARE * budget.left else 0.0
-    )
+    choosing = composition.classes * selector.seconds_per_image()
+    sharpen = plan_sharpening(selector, composition, budget, log)
+    return FilePlan(budget, composition, cost, afterwards, choosing, sharpen)
+
+
+def plan_sharpening(selector: Selector, composition: Composition, budget: Budget, log: Log) -> float:
+    """Seconds to keep for sharpening: 0 where images are to stay as they are chosen, which is said where a GPU might
+    have sharpened them."""
+    if composition.cap > MOST_SHARPENED or selector.device.type != "cuda":
+        return 0.0
+    try:
+        seconds = sharpening.seconds(selector.task, selector.device, composition.cap)
+    except torch.OutOfMemoryError:
+        log.warn("the GPU has too little memory to sharpen images: they stay as they are chosen")
+        return 0.0
+    if seconds <= SHARPENING_SHARE * budget.left:
+        return seconds
+    log.say(f"images are chosen and not sharpened: that would take {seconds:.0f} s of {budget.left:.0f}")
+    return 0.0

@@ -1,5 +1,6 @@
 """The published experiment: its training sets, its figure, and the table, with the embedded model."""
 
+import io
 import re
 from pathlib import Path
 
@@ -20,7 +21,8 @@ def test_copies_stand_behind_their_images_and_below_them_in_the_figure(tmp_path:
     reproduce.augment(images, TASK, tmp_path / "new")
     made = reproduce.read_images(tmp_path / "new/cifar100.pt", TASK)
     assert made.shape == (10, 100, 3, 32, 32) and np.array_equal(made[:2], images)
-    figure = np.asarray(reproduce.draw_figure(made, 2).resize((10 * 32, 5 * 32), Image.Resampling.NEAREST))
+    with Image.open(io.BytesIO(reproduce.draw_figure(made, 2))) as drawn:
+        figure = np.asarray(drawn.resize((10 * 32, 5 * 32), Image.Resampling.NEAREST))
     assert np.array_equal(figure[:32, 32:64], images[0, 1].transpose(1, 2, 0)), "the first image of the second class"
     assert np.array_equal(figure[32:64, :32], made[2, 0].transpose(1, 2, 0)), "its first copy"
 

@@ -47,9 +47,9 @@ def test_each_image_is_the_one_that_takes_the_mean_nearest(
 
 def test_a_choice_is_nearer_to_the_class_than_the_first_images(task_file: Path, pool: Rounds) -> None:
     selector = Selector(load_task(str(task_file)), CPU)
-    numbers, looked_at = selector.choose(pool, 4, lambda: math.inf)
+    numbers, looked_at = selector.choose(pool, 4, 1.0, lambda: math.inf)
     assert looked_at.tolist() == [20, 20, 20] and numbers.shape == (4, 3)
-    again, _ = Selector(load_task(str(task_file)), CPU).choose(pool, 4, lambda: math.inf)
+    again, _ = Selector(load_task(str(task_file)), CPU).choose(pool, 4, 1.0, lambda: math.inf)
     assert np.array_equal(numbers, again), "whatever was drawn at random meanwhile"
     chosen = Chosen(pool, numbers)
     for label in range(3):
@@ -62,7 +62,7 @@ def test_a_choice_is_nearer_to_the_class_than_the_first_images(task_file: Path, 
 
 def test_classes_for_which_there_is_no_time_have_their_first_images(task_file: Path, pool: Rounds) -> None:
     left = itertools.chain([1e9, 1e9], itertools.repeat(0.0))
-    numbers, looked_at = Selector(load_task(str(task_file)), CPU).choose(pool, 4, lambda: next(left))
+    numbers, looked_at = Selector(load_task(str(task_file)), CPU).choose(pool, 4, 1.0, lambda: next(left))
     assert looked_at.tolist() == [20, 4, 4] and numbers[:, 0].tolist() != [0, 1, 2, 3]
     assert (numbers[:, 1:] == np.arange(4)[:, None]).all()
 
@@ -72,9 +72,8 @@ def test_where_time_is_short_classes_are_chosen_from_fewer_rounds(
 ) -> None:
     """An image takes a second, and a class ten: half of what it seemed at first."""
     now, left = itertools.count(), itertools.chain([60.0, 60.0, 30.0, 30.0, 11.0], itertools.repeat(11.0))
-    monkeypatch.setattr(Selector, "seconds_per_image", lambda _: 1.0)
     monkeypatch.setattr("time.perf_counter", lambda: 10.0 * next(now))
-    numbers, looked_at = Selector(load_task(str(task_file)), CPU).choose(pool, 4, lambda: next(left))
+    numbers, looked_at = Selector(load_task(str(task_file)), CPU).choose(pool, 4, 1.0, lambda: next(left))
     seen = [20, int(30 / 2 * 84 / 74), int(11 * 101 / 84)]
     assert looked_at.tolist() == seen and (numbers.max(0) < seen).all()
 

@@ -81,7 +81,3 @@ def test_classes_are_moved_some_at_a_time_to_the_same_end(
     wanted = features(task, images)
     before, after = ((features(task, some) - wanted).norm() for some in (images[:2], moved))
     assert after < 0.9 * before
-
-
-def test_a_cpu_is_never_fast_enough(task_file: Path) -> None:
-    assert sharpening.seconds(load_task(str(task_file)), CPU, 10) == float("inf")

@@ -147,7 +147,7 @@ def test_where_there_is_time_the_choice_is_sharpened(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, which takes seconds for it."""
-    monkeypatch.setattr(sharpening, "seconds", lambda *_: 1.0)
+    monkeypatch.setattr(job, "plan_sharpening", lambda *_: 1.0)
     monkeypatch.setattr(sharpening, "STEPS", 3)
     options = ("--max-ipc", "3", "--select", "auto", "--pool", "12")
     sharpened = run(*options)
