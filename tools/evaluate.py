@@ -28,7 +28,7 @@ from submission.machine.memory import keep_freed_memory, memory_free
 from submission.report.page import render
 from submission.tasks import Task, builtin_names, load_task
 from tools.reading.manifests import check_it_describes, read_manifest
-from tools.reading.reference_data import find_reference_data
+from tools.reading.real_images import find_test_images
 from tools.reading.tensor_files import read_submission
 from tools.scoring.fast import Arithmetic, make_forward, probe
 from tools.scoring.findings import inspect
@@ -139,7 +139,7 @@ def open_entry(task: Task, options: argparse.Namespace) -> Entry:
     """Both files of a task, checked. Raises InputFileError."""
     file = options.submit_dir / f"{task.name}.pt"
     submission = read_submission(file, task)
-    truth = find_reference_data(options.truth_dir, task)
+    truth = find_test_images(options.truth_dir, task)
     findings = inspect(submission, task)
     # What makes a file useless is no reason not to score it: the organisers would.
     for finding in findings:

@@ -9,19 +9,22 @@ import os
 import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from torch import Tensor
 
-from submission.dataset.dataset_file import mean_and_std
 from submission.errors import InputFileError, first_line
+from submission.machine.limits import cores
 from submission.machine.memory import memory_free
 from submission.tasks import Task, TaskClass
 from submission.tasks.parse import did_you_mean
-from tools.reading.tensor_files import LabelledImages
 
 # What is read, of all that Pillow knows: pictures of pixels, by readers that are in daily use.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -33,12 +36,22 @@ NOT_OURS = {"__MACOSX", "lost+found"}
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 # The part of the free memory that test images may take: training wants some, too.
 MEMORY_SHARE = 0.5
+# Files that are read together where their pixels are not kept.
+READ_AT_ONCE = 256
 
 
-def read_class_folders(folder: Path, task: Task) -> LabelledImages | None:
-    """The images below `folder`, in one folder per class, called like it or like its WordNet id, normalised.
+@dataclass(frozen=True)
+class Pictures:
+    """`pixels` uint8 [N, 3, size, size] in RGB, with their classes, `labels` int64 [N]; both on the CPU."""
 
-    Each is centre-cropped to a square and resized, with antialiasing, to the task's size. Folders of other names are
+    pixels: Tensor
+    labels: Tensor
+
+
+def read_class_folders(folder: Path, task: Task, size: int) -> Pictures | None:
+    """The images below `folder`, in one folder per class, called like it or like its WordNet id.
+
+    Each is centre-cropped to a square and resized, with antialiasing, to `size` pixels. Folders of other names are
     left alone. None where no class has a folder. Raises InputFileError where some have none, for a file that is no
     image, and where memory does not hold them all; OSError.
     """
@@ -59,17 +72,13 @@ def read_class_folders(folder: Path, task: Task) -> LabelledImages | None:
             raise InputFileError(f"{where}: there are no images of class {one.name!r}")
         files += found
         labels += [one.index] * len(found)
-    need, free = len(files) * 3 * task.size**2 * 4, memory_free()
+    need, free = len(files) * 3 * size**2 * 4, memory_free()  # in the float32 that they will come to
     if need > MEMORY_SHARE * free:
         raise InputFileError(
-            f"{folder}: its {len(files):,} images at {task.size} px take {need / 1e9:.1f} GB of memory, and "
+            f"{folder}: its {len(files):,} images at {size} px take {need / 1e9:.1f} GB of memory, and "
             f"{MEMORY_SHARE * free / 1e9:.1f} GB can be had: leave fewer there"
         )
-    mean, std = mean_and_std(task)
-    images = torch.empty(len(files), 3, task.size, task.size)
-    for image, file in zip(images, files, strict=True):
-        image.copy_(torch.from_numpy(read_image(file, task.size)).permute(2, 0, 1)).div_(255).sub_(mean).div_(std)
-    return LabelledImages(images, torch.tensor(labels))
+    return Pictures(read_images(files, size), torch.tensor(labels))
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -94,20 +103,25 @@ def find_images(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_image(file: Path, size: int) -> NDArray[np.uint8]:
-    """The image in a file, upright, as uint8 [size, size, 3]: its middle square, resized with antialiasing.
+def read_images(files: Sequence[Path], size: int) -> Tensor:
+    """The images in files, upright, uint8 [N, 3, size, size]: the middle square of each, resized with antialiasing. On
+    all cores, for Pillow lets others work while it decodes. Raises InputFileError."""
+    pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
+    with warnings.catch_warnings(), ThreadPoolExecutor(cores()) as pool:
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # for all threads
+        for place, image in zip(pixels, pool.map(partial(_read_image, size=size), files), strict=True):
+            place.copy_(torch.from_numpy(image).permute(2, 0, 1))
+    return pixels
 
-    Raises InputFileError.
-    """
+
+def _read_image(file: Path, size: int) -> NDArray[np.uint8]:
     try:
         if not file.is_file():
             raise ValueError("not a file")  # a pipe would never end
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(file, formats=FORMATS) as image:
-                if image.mode not in MODES:
-                    raise ValueError(f"pixels of mode {image.mode} are not read, only those of 8 bits a channel")
-                square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
+        with Image.open(file, formats=FORMATS) as image:
+            if image.mode not in MODES:
+                raise ValueError(f"pixels of mode {image.mode} are not read, only those of 8 bits a channel")
+            square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
         return np.array(square)
     except Exception as error:
         raise InputFileError(f"{file}: no image that can be read ({first_line(error)[:160]})") from error
@@ -119,10 +133,10 @@ def mean_and_deviation(files: Sequence[Path], size: int) -> tuple[list[float], l
     Raises InputFileError.
     """
     sums, squares = np.zeros(3), np.zeros(3)
-    for file in files:
-        pixels = read_image(file, size).reshape(-1, 3) / 255
-        sums += pixels.mean(0)
-        squares += np.square(pixels).mean(0)
+    for first in range(0, len(files), READ_AT_ONCE):
+        pixels = read_images(files[first : first + READ_AT_ONCE], size).numpy() / 255
+        sums += pixels.mean((2, 3)).sum(0)
+        squares += np.square(pixels).mean((2, 3)).sum(0)
     mean = sums / len(files)
     deviation = np.sqrt(np.maximum(squares / len(files) - mean**2, 0))
     return mean.round(4).tolist(), deviation.round(4).tolist()

@@ -44,22 +44,24 @@ def read_submission(path: Path, task: Task) -> LabelledImages:
     return LabelledImages(images, torch.arange(classes).repeat_interleave(ipc))
 
 
-def read_truth(path: Path, task: Task) -> LabelledImages:
-    """The test set in the organisers' form: a dict of `images_val` and `labels_val`.
+def read_labelled(path: Path, task: Task, part: str) -> LabelledImages:
+    """A test set in the organisers' form, a dict of `images_val` and `labels_val`; or with `part` "train", a training
+    set in the same form, whose names end so.
 
     The images stay mapped from the file. Raises InputFileError, one line with the path, for anything else.
     """
     content = _load(path)
-    if not isinstance(content, dict) or not {"images_val", "labels_val"} <= content.keys():
-        _refuse(path, "not a reference file, which is a dict of images_val and labels_val")
-    images, labels = _checked_images(content["images_val"], task, path, "images_val"), content["labels_val"]
+    of_images, of_labels = f"images_{part}", f"labels_{part}"
+    if not isinstance(content, dict) or not {of_images, of_labels} <= content.keys():
+        _refuse(path, f"not a reference file, which is a dict of {of_images} and {of_labels}")
+    images, labels = _checked_images(content[of_images], task, path, of_images), content[of_labels]
     if not isinstance(labels, torch.Tensor) or labels.dtype not in (torch.int64, torch.int32, torch.uint8):
-        _refuse(path, "labels_val is not a tensor of integers")
+        _refuse(path, f"{of_labels} is not a tensor of integers")
     if labels.shape != images.shape[:1]:
-        _refuse(path, f"labels_val has shape {list(labels.shape)}, but there are {len(images):,} images")
+        _refuse(path, f"{of_labels} has shape {list(labels.shape)}, but there are {len(images):,} images")
     labels = labels.to(torch.int64)
     if not len(labels) or labels.min() < 0 or labels.max() >= len(task.classes):
-        _refuse(path, f"labels_val must hold classes 0 to {len(task.classes) - 1} of {task.name}, one per image")
+        _refuse(path, f"{of_labels} must hold classes 0 to {len(task.classes) - 1} of {task.name}, one per image")
     return LabelledImages(images, labels)
 
 

@@ -10,14 +10,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from submission.dataset.dataset_file import mean_and_std
 from submission.errors import InputFileError
 from submission.tasks import Task, load_task
 from tools.reading import image_folder
-from tools.reading.image_folder import find_images, read_image
-from tools.reading.reference_data import find_reference_data
+from tools.reading.image_folder import find_images, read_images
+from tools.reading.real_images import find_test_images
 
 COLOURS = {"apple": (255, 0, 0), "pear": (0, 255, 0), "plum": (0, 0, 255)}
 
@@ -44,7 +45,7 @@ def make_images(folder: Path) -> None:
 def test_a_folder_per_class(task: Task, tmp_path: Path, place: str) -> None:
     make_images(tmp_path / "truth" / place)
     (tmp_path / "truth" / place / "another class").mkdir()
-    found = find_reference_data(tmp_path / "truth", task)
+    found = find_test_images(tmp_path / "truth", task)
     assert found.labels.tolist() == [0, 0, 1, 2] and found.images.shape == (4, 3, 16, 16)
     mean, std = mean_and_std(task)
     pixels = (found.images * std + mean) * 255
@@ -74,7 +75,7 @@ def test_what_systems_and_programs_leave_is_passed_over(name: str, task: Task, t
     file = tmp_path / "pear" / name
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(b"no image")
-    found = find_reference_data(tmp_path, task)
+    found = find_test_images(tmp_path, task)
     assert found.labels.tolist() == [0, 0, 1, 2]
     assert len(find_images(tmp_path)) == 4, "init reads them by the same rule"
 
@@ -86,7 +87,7 @@ def test_links_are_followed_once_and_odd_names_of_files_are_names(task: Task, tm
         (tmp_path / "linked" / name).symlink_to(tmp_path / "real" / name)
     (tmp_path / "real/pear/round").symlink_to(tmp_path / "linked/pear")  # in a circle
     Image.new("RGB", (9, 9)).save(tmp_path / "real/plum/@user $1.jpg")
-    assert find_reference_data(tmp_path / "linked", task).labels.tolist() == [0, 0, 1, 2, 2]
+    assert find_test_images(tmp_path / "linked", task).labels.tolist() == [0, 0, 1, 2, 2]
     assert len(find_images(tmp_path / "linked")) == 5
 
 
@@ -109,14 +110,20 @@ def test_a_folder_s_name_may_be_spelt_in_another_normal_form(task_file: Path, tm
     task_file.write_text(task_file.read_text("utf-8").replace('"pear"', '"poiré"'), "utf-8")
     make_images(tmp_path)
     (tmp_path / "pear").rename(tmp_path / unicodedata.normalize("NFD", "poiré"))
-    assert find_reference_data(tmp_path, load_task(str(task_file))).labels.tolist() == [0, 0, 1, 2]
+    assert find_test_images(tmp_path, load_task(str(task_file))).labels.tolist() == [0, 0, 1, 2]
 
 
 def test_a_folder_may_be_called_by_its_wordnet_id(task_file: Path, tmp_path: Path) -> None:
     task_file.write_text(task_file.read_text().replace('name = "pear"', 'name = "pear", wnid = "n07767847"'))
     make_images(tmp_path / "truth")
     (tmp_path / "truth/pear").rename(tmp_path / "truth/n07767847")
-    assert find_reference_data(tmp_path / "truth", load_task(str(task_file))).labels.tolist() == [0, 0, 1, 2]
+    assert find_test_images(tmp_path / "truth", load_task(str(task_file))).labels.tolist() == [0, 0, 1, 2]
+
+
+def read_image(file: Path, size: int) -> NDArray[np.uint8]:
+    """As [size, size, 3]."""
+    image: NDArray[np.uint8] = read_images([file], size)[0].permute(1, 2, 0).numpy()
+    return image
 
 
 def test_the_middle_is_cut_out_and_antialiased(tmp_path: Path) -> None:
@@ -176,10 +183,10 @@ def test_what_is_missing_is_named(task: Task, tmp_path: Path) -> None:
     make_images(tmp_path)
     (tmp_path / "pear/1.gif").unlink()
     with pytest.raises(InputFileError, match=r"pear: there are no images of class 'pear'"):
-        find_reference_data(tmp_path, task)
+        find_test_images(tmp_path, task)
     (tmp_path / "pear").rename(tmp_path / "pears")
     with pytest.raises(InputFileError, match=r"class 'pear' of tiny has no folder there \(did you mean 'pears'\?\)"):
-        find_reference_data(tmp_path, task)
+        find_test_images(tmp_path, task)
 
 
 def test_more_than_memory_holds_is_refused_beforehand(
@@ -188,4 +195,4 @@ def test_more_than_memory_holds_is_refused_beforehand(
     make_images(tmp_path)
     monkeypatch.setattr(image_folder, "MEMORY_SHARE", 1e-9)
     with pytest.raises(InputFileError, match=r"its 4 images at 16 px take .* GB of memory"):
-        find_reference_data(tmp_path, task)
+        find_test_images(tmp_path, task)

@@ -15,7 +15,7 @@ import torch
 from submission.errors import InputFileError
 from submission.tasks import Task, load_task
 from tests.paths import ROOT
-from tools.reading.tensor_files import read_submission, read_truth
+from tools.reading.tensor_files import read_labelled, read_submission
 
 GOOD = torch.arange(6 * 3 * 16 * 16, dtype=torch.float32).view(6, 3, 16, 16) / 1000
 
@@ -49,7 +49,7 @@ def test_good_submissions(images: torch.Tensor, task: Task, tmp_path: Path) -> N
 def test_good_truth(task: Task, tmp_path: Path) -> None:
     file = tmp_path / "tiny_test.pt"
     torch.save({"images_val": GOOD, "labels_val": torch.tensor([2, 0, 1, 1, 0, 2])}, file)
-    read = read_truth(file, task)
+    read = read_labelled(file, task, "val")
     assert torch.equal(read.images, GOOD)
     assert read.labels.tolist() == [2, 0, 1, 1, 0, 2]
 
@@ -256,6 +256,6 @@ def test_bad_truths(name: str, task: Task, tmp_path: Path) -> None:
     file = tmp_path / "tiny_test.pt"
     torch.save(content, file)
     with pytest.raises(InputFileError) as caught:
-        read_truth(file, task)
+        read_labelled(file, task, "val")
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -15,7 +15,7 @@ from torchvision.datasets import CIFAR100
 from submission.dataset.dataset_file import mean_and_std
 from submission.errors import InputFileError
 from submission.tasks import load_task
-from tools.reading.reference_data import find_reference_data
+from tools.reading.real_images import find_test_images
 
 CIFAR_TASK = load_task("cifar100")
 TINY_TASK = load_task("tinyimagenet")
@@ -51,7 +51,7 @@ def cifar_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_cifar100_from_torchvision(cifar_folder: Path) -> None:
-    found = find_reference_data(cifar_folder, CIFAR_TASK)
+    found = find_test_images(cifar_folder, CIFAR_TASK)
     torch.testing.assert_close(found.images, as_in_a_file(pixels(4, 32), "cifar100"))
     assert found.images.is_contiguous()
     assert found.labels.tolist() == [3, 99, 0, 41]
@@ -60,13 +60,13 @@ def test_cifar100_from_torchvision(cifar_folder: Path) -> None:
 def test_the_organisers_file_comes_first(cifar_folder: Path) -> None:
     images = torch.randn(2, 3, 32, 32)
     torch.save({"images_val": images, "labels_val": torch.tensor([5, 6])}, cifar_folder / "cifar100_test.pt")
-    assert torch.equal(find_reference_data(cifar_folder, CIFAR_TASK).images, images)
+    assert torch.equal(find_test_images(cifar_folder, CIFAR_TASK).images, images)
 
 
 def test_changed_files_are_not_unpickled(cifar_folder: Path) -> None:
     (cifar_folder / "cifar-100-python" / "test").write_bytes(b"c__builtin__\neval\n(S'1/0'\ntR.")
     with pytest.raises(InputFileError, match="not torchvision's files"):
-        find_reference_data(cifar_folder, CIFAR_TASK)
+        find_test_images(cifar_folder, CIFAR_TASK)
 
 
 def test_other_classes_are_refused(cifar_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,7 +74,7 @@ def test_other_classes_are_refused(cifar_folder: Path, monkeypatch: pytest.Monke
     meta.write_bytes(pickle.dumps({"fine_label_names": ["cat"] * 100}))
     monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": hashlib.md5(meta.read_bytes()).hexdigest()})
     with pytest.raises(InputFileError, match="its classes are not those of cifar100"):
-        find_reference_data(cifar_folder, CIFAR_TASK)
+        find_test_images(cifar_folder, CIFAR_TASK)
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def tiny_folder(tmp_path: Path) -> Path:
 
 
 def test_tiny_imagenet_unpacked(tiny_folder: Path) -> None:
-    found = find_reference_data(tiny_folder, TINY_TASK)
+    found = find_test_images(tiny_folder, TINY_TASK)
     colours = pixels(2, 64)
     grey = colours[:1, :, :, :1].repeat(3, axis=3)
     torch.testing.assert_close(found.images, as_in_a_file(np.concatenate([colours, grey]), "tinyimagenet"))
@@ -108,16 +108,16 @@ def test_tiny_imagenet_sorted_into_folders(inside: str, tiny_folder: Path) -> No
     for one, image in zip(TINY_TASK.classes, pixels(200, 64), strict=True):
         (val / str(one.wnid) / inside).mkdir(parents=True)
         Image.fromarray(image).save(val / str(one.wnid) / inside / "val_0.png")
-    found = find_reference_data(tiny_folder, TINY_TASK)
+    found = find_test_images(tiny_folder, TINY_TASK)
     assert found.labels.tolist() == list(range(200))
     torch.testing.assert_close(found.images, as_in_a_file(pixels(200, 64), "tinyimagenet"))
 
 
 def test_a_blank_line_in_the_list_of_tiny_imagenet_is_nothing(tiny_folder: Path) -> None:
     listing = tiny_folder / "tiny-imagenet-200" / "val" / "val_annotations.txt"
-    before = find_reference_data(tiny_folder, TINY_TASK)
+    before = find_test_images(tiny_folder, TINY_TASK)
     listing.write_text(listing.read_text() + "\n")
-    assert torch.equal(find_reference_data(tiny_folder, TINY_TASK).labels, before.labels)
+    assert torch.equal(find_test_images(tiny_folder, TINY_TASK).labels, before.labels)
 
 
 @pytest.mark.parametrize(
@@ -132,11 +132,11 @@ def test_a_blank_line_in_the_list_of_tiny_imagenet_is_nothing(tiny_folder: Path)
 def test_a_damaged_tiny_imagenet(line: str, reason: str, tiny_folder: Path) -> None:
     (tiny_folder / "tiny-imagenet-200" / "val" / "val_annotations.txt").write_text(line)
     with pytest.raises(InputFileError, match=reason) as caught:
-        find_reference_data(tiny_folder, TINY_TASK)
+        find_test_images(tiny_folder, TINY_TASK)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("task", "folder"), [("cifar100", "cifar-100-python"), ("tinyimagenet", "tiny-imagenet-200")])
 def test_nothing_there(task: str, folder: str, tmp_path: Path) -> None:
     with pytest.raises(InputFileError, match=f"{task}_test.pt: no such file, nor is there {folder}"):
-        find_reference_data(tmp_path, load_task(task))
+        find_test_images(tmp_path, load_task(task))

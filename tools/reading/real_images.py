@@ -1,0 +1,155 @@
+"""The real images of a task, to train on or to test on, in whichever of the usual forms they lie in a folder."""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.datasets import CIFAR100
+
+from submission.dataset.dataset_file import mean_and_std
+from submission.errors import InputFileError
+from submission.tasks import Task, load_task
+from tools.reading.image_folder import Pictures, find_images, read_class_folders, read_images
+from tools.reading.tensor_files import LabelledImages, read_labelled
+
+Part = Literal["train", "test"]
+# Folders that hold a part of a data set, one folder per class in each.
+PART_FOLDERS: dict[Part, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
+TINY_IMAGENET = "tiny-imagenet-200"
+# Tensors are resized so many at once.
+RESIZED_AT_ONCE = 2048
+
+
+def find_test_images(folder: Path, task: Task) -> LabelledImages:
+    """The test set of the task, normalised: the first of these that the folder holds.
+
+    - `NAME_test.pt`, the organisers' form, used as it is;
+    - torchvision's download of CIFAR-100 (`cifar-100-python/`, checked by MD5), its test part, for classes of it;
+    - the unpacked Tiny-ImageNet (`tiny-imagenet-200/`), its validation part, for classes of it: the test part has no
+      labels;
+    - a folder per class with images of any size, in `NAME/test/`, `NAME/val/`, `test/`, `val/`, `NAME/` or in the
+      folder itself.
+
+    Raises InputFileError where there is none of them, or what there is cannot be read.
+    """
+    if (file := folder / f"{task.name}_test.pt").is_symlink() or file.exists():
+        return read_labelled(file, task, "val")
+    found = _find(folder, task, "test", task.size) or _of_no_part(folder, task, task.size)
+    return _normalised(_or_refuse(found, folder, task, "test"), task)
+
+
+def find_training_images(folder: Path, task: Task, size: int) -> Pictures:
+    """The training set of the task at `size` pixels: the forms of `find_test_images` on their training side, which are
+    `NAME_train.pt` (a dict of `images_train` and `labels_train`), `train` of torchvision's download and of
+    Tiny-ImageNet, and folders per class in `NAME/train/`, `train/`, `NAME/` or the folder itself.
+
+    Raises InputFileError as `find_test_images` does.
+    """
+    if (file := folder / f"{task.name}_train.pt").is_symlink() or file.exists():
+        return as_pictures(read_labelled(file, task, "train"), task, size)
+    found = _find(folder, task, "train", size) or _of_no_part(folder, task, size)
+    return _or_refuse(found, folder, task, "train")
+
+
+def find_test_images_beside(folder: Path, task: Task, size: int) -> Pictures | None:
+    """The test images at `size` pixels where a folder of training images says which these are; None where it does not.
+    Raises InputFileError."""
+    if (file := folder / f"{task.name}_test.pt").exists():
+        return as_pictures(read_labelled(file, task, "val"), task, size)
+    return _find(folder, task, "test", size)
+
+
+def _find(folder: Path, task: Task, part: Part, size: int) -> Pictures | None:
+    """The images of a part, of the forms that say which part it is."""
+    of_cifar100 = {one.name for one in load_task("cifar100").classes}
+    if (cifar := _inside(folder, CIFAR100.base_folder)) and of_cifar100.issuperset(one.name for one in task.classes):
+        return _cifar100(cifar, task, part, size)
+    if (tiny := _inside(folder, TINY_IMAGENET)) and all(one.wnid for one in task.classes):
+        return _tiny_imagenet(tiny, task, size) if part == "test" else read_class_folders(tiny / "train", task, size)
+    for parent in (folder / task.name, folder):
+        for name in PART_FOLDERS[part]:
+            if found := read_class_folders(parent / name, task, size):
+                return found
+    return None
+
+
+def _of_no_part(folder: Path, task: Task, size: int) -> Pictures | None:
+    return read_class_folders(folder / task.name, task, size) or read_class_folders(folder, task, size)
+
+
+def _or_refuse(found: Pictures | None, folder: Path, task: Task, part: Part) -> Pictures:
+    if found is None:
+        published = {"cifar100": f"{CIFAR100.base_folder}/, or ", "tinyimagenet": f"{TINY_IMAGENET}/, or "}
+        raise InputFileError(
+            f"{folder / f'{task.name}_{part}.pt'}: no such file, nor is there {published.get(task.name, '')}a folder "
+            f"per class, such as {folder / task.name / task.classes[0].name}"
+        )
+    return found
+
+
+def _inside(folder: Path, name: str) -> Path | None:
+    """The folder of that name in a folder, or the folder itself where that is its name."""
+    return next((path for path in (folder / name, folder) if path.name == name and path.is_dir()), None)
+
+
+def _cifar100(where: Path, task: Task, part: Part, size: int) -> Pictures:
+    try:
+        found = CIFAR100(where.parent, train=part == "train")
+    except RuntimeError as error:
+        raise InputFileError(f"{where}: not torchvision's files, whole ({error})") from error
+    index = {one.name: one.index for one in task.classes}
+    if not index.keys() <= set(found.classes):
+        raise InputFileError(f"{where}: its classes are not those of {task.name}")
+    own = torch.tensor([index.get(name, -1) for name in found.classes])
+    labels = own[torch.tensor(found.targets)]
+    pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2)
+    return Pictures(resized(pixels[labels >= 0], size), labels[labels >= 0])
+
+
+def _tiny_imagenet(where: Path, task: Task, size: int) -> Pictures:
+    """The validation part, as the archive unpacks, or with `val/` sorted into a folder per class."""
+    index = {one.wnid: one.index for one in task.classes}
+    images, listing = where / "val" / "images", where / "val" / "val_annotations.txt"
+    there = find_images(images) if images.is_dir() else []
+    if not there and (found := read_class_folders(where / "val", task, size)):
+        return found
+    try:
+        others = set((where / "wnids.txt").read_text("utf-8-sig").split()) if (where / "wnids.txt").is_file() else set()
+        lines = [line for line in listing.read_text("utf-8-sig").splitlines() if line.strip()]
+        rows = [(images / name, wnid) for name, wnid, *_ in (line.split("\t") for line in lines)]
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"{listing}: cannot be read as lines of an image, a tab and a class ({error})") from error
+    if unknown := next((wnid for _, wnid in rows if wnid not in index and wnid not in others), None):
+        raise InputFileError(f"{listing} names a class {unknown!r} that {task.name} does not have")
+    if sorted(file for file, _ in rows) != there:
+        one = next(iter(sorted({file for file, _ in rows} ^ set(there))), "each of them once")
+        raise InputFileError(f"{listing}: the images it names cannot be read: {one} is not in it and in {images}")
+    own = [(file, index[wnid]) for file, wnid in rows if wnid in index]
+    return Pictures(read_images([file for file, _ in own], size), torch.tensor([label for _, label in own]))
+
+
+def resized(pixels: Tensor, size: int) -> Tensor:
+    """uint8 images `[N, 3, h, w]` at `size` pixels, antialiased; as they are where they have that size."""
+    if pixels.shape[-1] == size:
+        return pixels.contiguous()
+    parts = torch.split(pixels, RESIZED_AT_ONCE)
+    return torch.cat([F.interpolate(part, (size, size), mode="bilinear", antialias=True) for part in parts])
+
+
+def _normalised(found: Pictures, task: Task) -> LabelledImages:
+    mean, std = mean_and_std(task)
+    return LabelledImages(found.pixels.float().div_(255).sub_(mean).div_(std), found.labels)
+
+
+def as_pictures(found: LabelledImages, task: Task, size: int) -> Pictures:
+    """Normalised images as the pixels that they were, at `size` pixels."""
+    mean, std = mean_and_std(task)
+    pixels = torch.cat(
+        [
+            ((part.float() * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+            for part in torch.split(found.images, RESIZED_AT_ONCE)
+        ]
+    )
+    return Pictures(resized(pixels, size), found.labels)
