@@ -40,6 +40,7 @@ EXAMPLES = """examples:
 
 tools, each with a --help of its own:
   ./run.sh init             writes a task of your own from a list of class names
+  ./run.sh train            trains a model on images of your own, to draw from with --model
   ./run.sh evaluate         scores a file as the organisers do
   ./run.sh audit            checks a file without training on it
   ./run.sh report           makes the page about a run anew
@@ -47,7 +48,6 @@ tools, each with a --help of its own:
   ./run.sh bench            measures what this project claims
   ./run.sh make-checkpoint  writes random weights in the layout of SDXL-Turbo or Stable Diffusion
   ./run.sh fetch-weights    fetches a model's files and checks them by SHA-256
-  ./run.sh train-embedded   trains the embedded checkpoint
   ./run.sh test             runs everything that CI runs
 
 exit codes:
@@ -107,7 +107,7 @@ def build_parser() -> Parser:
         metavar="STYLE",
         help="label, bare class names; described; diverse, descriptions in phrasings and domains taken in turn; or a "
         '.toml with lines such as apple = ["a photo of an apple", "a red apple"] (default: diverse, but for the '
-        "embedded model, and for tasks without phrasings, described)",
+        "embedded model, those of train, and tasks without phrasings, described)",
     )
     add(
         "--decoder",

@@ -38,7 +38,6 @@ from submission.plan.guard import HUB_IS_LATE, Guard
 from submission.plan.planner import Planner
 from submission.report.manifest import Digests, machine
 from submission.request import DeviceRequest, JobRequest
-from submission.tasks import builtin_names
 
 # Until a file has been written, its cost is taken to be this: seconds per file, and seconds per colour value of a
 # generated image and of a copy. About what was measured on two CPU cores.
@@ -191,10 +190,13 @@ def say_what_is_made(request: JobRequest, checkpoint: Checkpoint, engine: Engine
     log.say(
         f"{task.title}: {len(task.classes)} classes at {task.size} px; model: {checkpoint.source}; device: {devices}"
     )
-    if checkpoint.path == EMBEDDED and task.name not in builtin_names():
+    known = checkpoint.classes
+    unknown = [one.name for one in task.classes if known is not None and one.name not in known]
+    if unknown:
         log.warn(
-            f"the embedded model knows the classes of {' and '.join(builtin_names())} alone, and its pictures of "
-            "others do not look like them: use SDXL-Turbo for a task of your own"
+            f"this model was not trained for {len(unknown)} of the {len(task.classes)} classes, such as "
+            f"{unknown[0]!r}, and its pictures of them do not look like them: use SDXL-Turbo, or train one (./run.sh "
+            "train)"
         )
 
 

@@ -8,7 +8,8 @@ Stable Diffusion 1 and 2 have one::
     tokenizer/  tokenizer_2/
     text_encoder/model[.fp16].safetensors             text_encoder_2/model[.fp16].safetensors
     unet/diffusion_pytorch_model[.fp16].safetensors   vae/diffusion_pytorch_model[.fp16].safetensors
-    training.json                                     optional: {"resolutions": [...]} it was trained for, in pixels
+    training.json                                     optional: what it was trained for, {"resolutions": [pixels, ...],
+                                                      "classes": {task: [name, ...], ...}}
 
 A recipe may put other files or folders in the place of some of these (`submission.model.recipe`).
 """
@@ -68,8 +69,8 @@ class Checkpoint:
     """A checkpoint found whole, put together as its `recipe` says, whose files are all here.
 
     `source` says which rule chose it; `configs` maps each component, and `model_index`, to its parsed configuration.
-    `prompt_size` is how many numbers a prompt's embeddings are, and `projected_size` all keys and values that
-    cross-attention makes of them.
+    `classes` are the names of those that it was trained for, where it says so. `prompt_size` is how many numbers a
+    prompt's embeddings are, and `projected_size` all keys and values that cross-attention makes of them.
     """
 
     recipe: Recipe
@@ -77,6 +78,7 @@ class Checkpoint:
     weights: Mapping[str, Weights]
     configs: Mapping[str, Any]
     resolutions: tuple[int, ...]
+    classes: frozenset[str] | None
     prompt_size: int
     projected_size: int
 
@@ -164,16 +166,14 @@ def inspect_recipe(recipe: Recipe, source: str) -> Checkpoint:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: unet/config.json or vae/config.json lacks a usable {error}") from error
     _check_fit(weights, configs, texts)
-    training = path / "training.json"
-    resolutions = _read_json(training).get("resolutions") if training.exists() else [own]
-    if not isinstance(resolutions, list) or not resolutions or not all(isinstance(r, int) for r in resolutions):
-        raise CheckpointError(f"{training}: resolutions must be a list of pixel sizes")
+    resolutions, classes = _trained_for(path, own)
     found = Checkpoint(
         replace(recipe, sampling=sampling),
         source,
         weights,
         configs,
-        (recipe.resolution,) if recipe.resolution else tuple(sorted(resolutions)),
+        (recipe.resolution,) if recipe.resolution else resolutions,
+        classes,
         prompt_size,
         tokens * sum(map(_cross_attention_width, weights["unet"].files)),
     )
@@ -182,6 +182,21 @@ def inspect_recipe(recipe: Recipe, source: str) -> Checkpoint:
             f"{source}: resolution {recipe.resolution} is no multiple of {found.resolution_step}, which {path} needs"
         )
     return found
+
+
+def _trained_for(path: Path, own: int) -> tuple[tuple[int, ...], frozenset[str] | None]:
+    """The resolutions, and the names of classes, that a checkpoint says it was trained for; `own` and None where it
+    says nothing. Raises CheckpointError."""
+    file = path / "training.json"
+    said = _read_json(file) if file.exists() else {}
+    resolutions, classes = said.get("resolutions", [own]), said.get("classes")
+    if not isinstance(resolutions, list) or not resolutions or not all(isinstance(r, int) for r in resolutions):
+        raise CheckpointError(f"{file}: resolutions must be a list of pixel sizes")
+    if classes is None:
+        return tuple(sorted(resolutions)), None
+    if not isinstance(classes, dict) or not all(isinstance(names, list) for names in classes.values()):
+        raise CheckpointError(f"{file}: classes must be lists of names, one for each task")
+    return tuple(sorted(resolutions)), frozenset(map(str, chain.from_iterable(classes.values())))
 
 
 def weight_digests(checkpoint: Checkpoint) -> dict[str, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from submission.errors import UsageError
-from submission.model.checkpoint import EMBEDDED, Checkpoint, fingerprint
+from submission.model.checkpoint import Checkpoint, fingerprint
 from submission.model.decoder import Rung
 from submission.tasks import PromptStyle, Task
 
@@ -16,8 +16,8 @@ from submission.tasks import PromptStyle, Task
 class ImageSpec:
     """Images of a task's classes, asked for in the words of a prompt style, from noise of a seed.
 
-    `prompts` None is the style that suits the checkpoint: `diverse` wherever that can be had, but for the embedded one,
-    which does not follow phrasings. `prompts_file` is where `own` ones are from.
+    `prompts` None is the style that suits the checkpoint: `diverse` wherever that can be had, but for those that were
+    trained for classes, which do not follow phrasings. `prompts_file` is where `own` ones are from.
     `resolution` is the side of the canvas in pixels, None the checkpoint's own; `decoder` the way from latents to
     pixels, `auto` the one that is worth most on the device (`submission.model.calibration`).
     """
@@ -38,7 +38,7 @@ class ImageSpec:
         return self.resolution or checkpoint.resolution_for(self.task.size)
 
     def style(self, checkpoint: Checkpoint) -> PromptStyle:
-        return self.prompts or ("diverse" if self.task.has_phrasings and checkpoint.path != EMBEDDED else "described")
+        return self.prompts or ("diverse" if self.task.has_phrasings and checkpoint.classes is None else "described")
 
     def prompt_rows(self, checkpoint: Checkpoint) -> list[list[str]]:
         """Prompts as `[phrasing][class]`, of which round r takes row `r % len`. Raises UsageError."""
