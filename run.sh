@@ -8,7 +8,7 @@ self=$(readlink -f -- "${BASH_SOURCE[0]}" && echo x)
 here=${self%/*}
 
 # What runs outside the budget: modules of tools/, with _ for -.
-tools='^(init|evaluate|audit|report|rehearse|reproduce|bench|make-checkpoint|fetch-weights|train-embedded)$'
+tools='^(init|train|evaluate|audit|report|rehearse|reproduce|bench|make-checkpoint|fetch-weights)$'
 
 fail() { # CODE MESSAGE
     echo "error: $2" >&2

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import psutil
 from rich.console import Console
@@ -40,6 +40,18 @@ class Status:
             f"round {self.rounds}/{self.planned_rounds}, IPC {self.ipc}/{self.planned_ipc}, "
             f"{self.images_per_second:,.1f} images/s"
         )
+
+
+class Shown(Protocol):
+    """What a line of progress shows: its words, and the images done of those planned. A dataclass, for JSON."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def images(self) -> int: ...
+
+    @property
+    def planned_images(self) -> int: ...
 
 
 class Log:
@@ -91,7 +103,7 @@ class Log:
         """Adds a phase that was not named while it lasted, from moment `began` of the budget until now."""
         self.timings[name], self.spans[name] = self.budget.elapsed - began, (began, self.budget.elapsed)
 
-    def status(self, status: Status) -> None:
+    def status(self, status: Shown) -> None:
         """Shows progress: at once on a terminal, every `LINE_SECONDS` in a log."""
         if self._bar:
             self._bar.update(

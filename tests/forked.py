@@ -49,7 +49,8 @@ from submission.report import page
 from submission.request import JobRequest
 from submission.tasks import Task, load_task
 from tests import stub_device
-from tools.training import critic, diffusion, distil, layout, progress, vae
+from tools import train
+from tools.training import critic, diffusion, distil, layout, progress, result, samples, vae
 
 NOBODY = 65534
 # The main function of a command line.
@@ -402,15 +403,29 @@ def no_ray() -> None:
 
 
 def small_training() -> None:
-    """The trainer's batches are a few images, its UNets narrow, every other step has a line in the log. Nothing is
-    compiled, which takes longer than to train so little."""
-    torch._dynamo.config.disable = True
-    vars(critic).update(STEPS=2, PROGRESS_EVERY=1)
-    vars(vae).update(BATCH=4, NORMALISE_ON=1)
-    vars(progress).update(LOG_EVERY=2)
-    vars(layout).update(UNET_WIDTHS=(32, 32))
+    """The trainer's batches are a few images, its UNets narrow, every step has a line in the log and a state on disk.
+    Its clock stands still but for a hundred seconds with every step: it repeats itself whatever the machine is at."""
+    vars(critic).update(STEPS=2, PROBED=2)
+    vars(vae).update(BATCH=4, NORMALISE_ON=4)
+    vars(progress).update(LOG_EVERY=1, SAVE_SECONDS=300.0, LEAST_BATCH=4)
+    vars(layout).update(UNET_WIDTHS={"small": (32, 32)})
     vars(diffusion).update(BATCH=4, SOLVER_STEPS=2)
-    vars(distil).update(PAIRS=20, SOLVED_AT_ONCE=10, DISTIL_BATCH=4, MATCH_BATCH=4)
+    vars(distil).update(PAIRS=20, SOLVED_AT_ONCE=4, DISTIL_BATCH=4, MATCH_BATCH=4)
+    vars(result).update(COMPARED=8, SHOWN=4)
+    vars(samples).update(SHEET_IMAGES=2)
+    vars(result).update(SHEET_IMAGES=2)
+    clock, seed_step = [0.0], progress.seed_step
+
+    def seed_and_tick(*arguments: Any) -> None:
+        clock[0] += 100
+        seed_step(*arguments)
+
+    def start(seconds: float, began: float) -> Budget:
+        return Budget(seconds, 100 * round((began - time.time()) / 100), lambda: clock[0])
+
+    for module in (progress, distil):
+        vars(module).update(seed_step=seed_and_tick)
+    vars(train).update(start_budget=start)
 
 
 def ordinary_user() -> None:

@@ -18,7 +18,7 @@ from submission.model.checkpoint import EMBEDDED
 from submission.tasks import load_task
 from tests.paths import ROOT
 from tests.tools.real_data import FOLDER, real_test_images
-from tools import audit, evaluate, init, make_checkpoint, rehearse, report, reproduce, train_embedded
+from tools import audit, evaluate, init, make_checkpoint, rehearse, report, reproduce, train
 from tools import fetch_weights as fetch
 from tools.bench import __main__ as bench
 
@@ -32,7 +32,7 @@ TOOLS = {
     "rehearse": rehearse.build_parser,
     "reproduce": reproduce.build_parser,
     "report": report.build_parser,
-    "train-embedded": train_embedded.build_parser,
+    "train": train.build_parser,
 }
 # Why a command is not tried: words in it, and the reason.
 NOT_HERE = {
@@ -51,7 +51,7 @@ NOT_HERE = {
     "my-model.toml": "is a recipe of the reader's",
     "--size full": "writes 7 GB",
     "models/random": "needs 7 GB of weights",
-    "train-embedded": "takes hours",
+    "run.sh train ": "takes minutes, and has tests of its own",
     "run.sh test": "would run this test",
 }
 
@@ -87,7 +87,7 @@ def test_a_printed_command_is_one_that_there_is(command: str) -> None:
     parser = TOOLS[arguments.pop(0)]() if arguments[0] in TOOLS else cli.build_parser()
     if arguments == ["--help"]:
         return
-    if arguments or parser.prog != "./run.sh train-embedded":  # named alone, in passing
+    if arguments or parser.prog != "./run.sh train":  # named alone, in passing
         _, others = parser.parse_known_args([word.replace("EPOCH", "0") for word in arguments])
         assert not others or parser.prog in ("./run.sh rehearse", "./run.sh reproduce"), others
         cli.build_parser().parse_args(["cifar100", *others])  # what rehearse passes on

@@ -5,11 +5,11 @@ import argparse
 import pytest
 
 from submission import cli
-from tools import audit, evaluate, init, make_checkpoint, rehearse, report, train_embedded
+from tools import audit, evaluate, init, make_checkpoint, rehearse, report, train
 from tools.bench import __main__ as bench
 
 BENCH = bench.build_parser(bench.find_benches())
-MODULES = (cli, audit, evaluate, init, make_checkpoint, rehearse, report, train_embedded)
+MODULES = (cli, audit, evaluate, init, make_checkpoint, rehearse, report, train)
 PARSERS = [module.build_parser() for module in MODULES]
 SUBPARSERS = next(action for action in BENCH._actions if isinstance(action, argparse._SubParsersAction))
 COMMANDS: dict[str, argparse.ArgumentParser] = {p.prog: p for p in [*PARSERS, BENCH, *SUBPARSERS.choices.values()]}

@@ -75,7 +75,7 @@ def test_tools_install_what_they_need_and_get_their_arguments(project: Path) -> 
     assert run(project, "bench", "evaluator")[1] == ["python -m tools bench evaluator"]
     assert run(project, "make-checkpoint", "d")[1] == ["python -m tools make_checkpoint d"]
     assert run(project, "fetch-weights", "d")[1] == ["python -m tools fetch_weights d"]
-    assert run(project, "train-embedded", "--data", "x")[1] == ["python -m tools train_embedded --data x"]
+    assert run(project, "train", "t", "--data", "x")[1] == ["python -m tools train t --data x"]
 
 
 @pytest.mark.parametrize(

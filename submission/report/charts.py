@@ -51,18 +51,18 @@ def timeline(manifest: Mapping[str, Any]) -> Markup:
         for name, (begin, end) in manifest["phases_from_to"].items():
             phases.barh(0, end - begin, left=begin, height=1, color=PHASE_COLOURS.get(name, MUTED), edgecolor=LINE)
         phases.set(yticks=[], ylim=(-0.5, 0.5))
-        _title(phases, "phases")
+        put_title(phases, "phases")
         if len(elapsed) > 1:
             pace = np.diff(images) / np.diff(elapsed)
             paces.stairs(pace, elapsed, color=ACCENT, fill=True, alpha=0.15)
             paces.stairs(pace, elapsed, color=ACCENT, baseline=None)
         paces.set_ylim(bottom=0)
-        _title(paces, "images per second")
+        put_title(paces, "images per second")
         batches.step(elapsed, manifest["progress"]["batch_size"], where="post", color=ACCENT)
         batches.set_yscale("log", base=2)
         batches.yaxis.set_major_formatter("{x:g}")
         batches.minorticks_off()
-        _title(batches, "batch size")
+        put_title(batches, "batch size")
         done = [count / manifest["classes"] for count in images]
         rounds.fill_between(elapsed, done, color=ACCENT, alpha=0.15, linewidth=0)
         rounds.plot(elapsed, done, color=ACCENT, label="done")
@@ -74,7 +74,7 @@ def timeline(manifest: Mapping[str, Any]) -> Markup:
         rounds.set_ylim(bottom=0)
         rounds.yaxis.get_major_locator().set_params(integer=True)
         rounds.legend(loc="lower right", frameon=False)
-        _title(rounds, "rounds")
+        put_title(rounds, "rounds")
         rounds.set_xlabel("seconds since the start")
         rounds.set_xlim(0, budget if ended > NEARLY_ALL * budget else ended)
         for axes in (paces, rounds):
@@ -84,7 +84,7 @@ def timeline(manifest: Mapping[str, Any]) -> Markup:
             phases.set_title("deadline", loc="right", fontsize=9, color=SECOND, pad=3)
             for axes in (phases, paces, batches, rounds):
                 axes.axvline(budget, color=SECOND, linestyle=":", clip_on=False)
-        return _svg(figure, "Timeline of the run: phases, images per second, batch size, rounds done and planned.")
+        return as_svg(figure, "Timeline of the run: phases, images per second, batch size, rounds done and planned.")
 
 
 def learning_curves(curves: Sequence[Mapping[str, Sequence[float]]], tested: Sequence[float], chance: float) -> Markup:
@@ -98,16 +98,17 @@ def learning_curves(curves: Sequence[Mapping[str, Sequence[float]]], tested: Seq
             axes.plot(curve["step"][-1], accuracy, "o", color=SECOND, clip_on=False, label=on_test)
         axes.axhline(chance, color=MUTED, linestyle=":", label="chance")
         axes.set(xlabel="SGD steps", xlim=(0, None), ylim=(0, None))
-        _title(axes, "accuracy")
+        put_title(axes, "accuracy")
         axes.legend(loc="upper left", frameon=False)
-        return _svg(figure, "Learning curves: accuracy against SGD steps, in training and on test images.")
+        return as_svg(figure, "Learning curves: accuracy against SGD steps, in training and on test images.")
 
 
-def _title(axes: Axes, text: str) -> None:
+def put_title(axes: Axes, text: str) -> None:
+    """Names what the axes show, above them."""
     axes.set_title(text, loc="left", fontsize=9, color=MUTED, pad=3)
 
 
-def _svg(figure: Figure, label: str) -> Markup:
+def as_svg(figure: Figure, label: str) -> Markup:
     """The figure as an element of a page, which is to style it, named `label` for those who do not see it."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

@@ -63,28 +63,37 @@ def render(task: Task, manifest: Mapping[str, Any], images: Tensor, results: Map
         if found["class_order"] == "suspect":
             warnings.insert(0, found["class_order_audit"]["statement"])
     shown = shown_positions(len(task.classes), manifest["ipc"], manifest["rounds"])
+    return (
+        templates(Path(__file__).parent)
+        .get_template(TEMPLATE)
+        .render(
+            task=task,
+            run=manifest,
+            warnings=warnings,
+            command=_command(manifest),
+            timeline=timeline(manifest),
+            rows=shown.shape[0],
+            columns=shown.shape[1],
+            copies=manifest["ipc"] > manifest["rounds"],
+            cards=list(_cards(task, manifest, images, shown, found["accuracy_by_class"] if found else {})),
+            results=results,
+            found=found,
+            curves=learning_curves(found["learning_curves"], found["runs"], found["chance"]) if found else None,
+        )
+    )
+
+
+def templates(*folders: Path) -> jinja2.Environment:
+    """Those of pages, in any of the folders. What they are given is escaped."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        loader=jinja2.FileSystemLoader(folders),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters["sha256"] = _sha256
-    return environment.get_template(TEMPLATE).render(
-        task=task,
-        run=manifest,
-        warnings=warnings,
-        command=_command(manifest),
-        timeline=timeline(manifest),
-        rows=shown.shape[0],
-        columns=shown.shape[1],
-        copies=manifest["ipc"] > manifest["rounds"],
-        cards=list(_cards(task, manifest, images, shown, found["accuracy_by_class"] if found else {})),
-        results=results,
-        found=found,
-        curves=learning_curves(found["learning_curves"], found["runs"], found["chance"]) if found else None,
-    )
+    return environment
 
 
 def shown_positions(classes: int, ipc: int, rounds: int) -> NDArray[np.int64]:
@@ -110,10 +119,10 @@ def _cards(
     for one, prompt in zip(task.classes, prompts, strict=True):
         pixels = values[np.maximum(shown, 0) + one.index * ipc].astype(np.float32) * std + mean
         pixels[shown < 0] = 1
-        yield Card(one.name.replace("_", " "), prompt, _picture(pixels), accuracies.get(one.name))
+        yield Card(one.name.replace("_", " "), prompt, picture(pixels), accuracies.get(one.name))
 
 
-def _picture(tiles: NDArray[np.float32]) -> str:
+def picture(tiles: NDArray[np.float32]) -> str:
     """Images [rows, columns, 3, H, W] in 0..1 side by side, each of `TILE` pixels at most, as a data URI."""
     rows, columns, _, height, width = tiles.shape
     sheet = tiles.transpose(0, 3, 1, 4, 2).reshape(rows * height, columns * width, 3)

@@ -1,16 +1,25 @@
-"""Real images from ../shared/data, in the forms that the tools take; tests that ask for them skip without it."""
+"""Real images from ../shared/data, in the forms that the tools take; tests that ask for them skip without it.
+
+There CIFAR-100 is a folder of lossless grids `NNN_name.webp`, one per class, NNN the class index, tiles row-major;
+Tiny-ImageNet a zip of `wnid/name.JPEG`, where the sorted wnids number the classes.
+"""
 
 import functools
+import io
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from submission.dataset.dataset_file import mean_and_std
 from submission.tasks import Task
 from tests.paths import SHARED
-from tools.reading.training_data import TrainingImages, load_training_images, read_grids
 
+# `pixels` uint8 [N, 3, size, size], `labels` int64 [N].
+Images = tuple[torch.Tensor, torch.Tensor]
 FOLDER = SHARED / "data"
 
 
@@ -29,15 +38,40 @@ def real_test_images(task: Task) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @functools.cache
-def _training_images(task: str, size: int) -> TrainingImages:
+def _training_images(task: str, size: int) -> Images:
     _skip_without_data()
-    return load_training_images(FOLDER, task, size)
+    if task == "cifar100":
+        return read_grids(FOLDER / "cifar100" / "train", size)
+    return _read_zip(FOLDER / "tinyimagenet" / "train_150_per_class.zip")
 
 
 @functools.cache
-def _test_images(size: int) -> TrainingImages:
+def _test_images(size: int) -> Images:
     _skip_without_data()
     return read_grids(FOLDER / "cifar100" / "test_dev", size)
+
+
+def read_grids(folder: Path, size: int) -> Images:
+    """The images of a folder of grids."""
+    images: list[np.ndarray] = []
+    labels: list[int] = []
+    for path in sorted(folder.glob("*.webp")):
+        with Image.open(path) as opened:
+            grid = np.asarray(opened.convert("RGB"))
+        rows, columns = grid.shape[0] // size, grid.shape[1] // size
+        images.append(grid.reshape(rows, size, columns, size, 3).swapaxes(1, 2).reshape(-1, size, size, 3))
+        labels += [int(path.name.split("_")[0])] * len(images[-1])
+    return torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
+
+
+def _read_zip(path: Path) -> Images:
+    with zipfile.ZipFile(path) as archive:
+        names = sorted(archive.namelist())
+        images = [np.asarray(Image.open(io.BytesIO(archive.read(name))).convert("RGB")) for name in names]
+    wnids = [name.split("/")[0] for name in names]
+    number = {wnid: index for index, wnid in enumerate(sorted(set(wnids)))}
+    labels = torch.tensor([number[wnid] for wnid in wnids])
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), labels
 
 
 def _skip_without_data() -> None:

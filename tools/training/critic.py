@@ -5,7 +5,7 @@ held to keep: the latents then have more of it, and of what no such network sees
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,55 +14,79 @@ from torch import Tensor, nn
 from submission.dataset.dataset_file import mean_and_std
 from submission.distillation.convnet import ConvNet
 from submission.tasks import load_task
-from tools.scoring.training import Measure, Schedule, train
+from tools.reading.real_images import resized
+from tools.scoring.training import BATCH_SIZE, Measure, Schedule, train
+from tools.training import processes
 from tools.training.arithmetic import computing
 from tools.training.images import RealImages, to_unit
+from tools.training.progress import Pace, Progress, save
 
 SIZE = 32  # pixels of the pictures it sees
-STEPS = 1000  # of SGD; its accuracy on images of 300 classes still rises slowly then
-PROGRESS_EVERY = 50  # steps
+STEPS = 1000  # of SGD, at most; its accuracy on images of 300 classes still rises slowly then
+PROBED = 4  # steps that tell how many the stage's time allows
 
 # What the critic sees in normalised pictures `[N, 3, SIZE, SIZE]`: the output of each of its blocks, float32 `[N, 128,
 # w, w]` with w SIZE/2, SIZE/4 and SIZE/8.
 Critic = Callable[[Tensor], list[Tensor]]
 
 
-def train_critic(images: RealImages, seed: int) -> dict[str, Tensor]:
-    """Weights of a ConvNet that learnt images SIZE px wide as the evaluator trains.
+def train_critic(progress: Progress, images: Sequence[RealImages]) -> dict[str, Tensor] | None:
+    """Weights of a ConvNet that learnt the images, SIZE px wide, as the evaluator trains, in the stage's time, STEPS at
+    most; None where the training was told to stop meanwhile.
 
-    Draws from torch's global generators, seeded by `seed`, and leaves them as they were.
+    Draws from torch's global generators, seeded by the training's seed, and leaves them as they were.
     """
-    device = images.pixels.device
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = ConvNet(len(images.counts), SIZE).to(device)
-        compiled = torch.compile(network, disable=device.type != "cpu")
+    place, device = progress.place, progress.generator.device
+    pixels = torch.cat([normalised(to_unit(resized(of_canvas.pixels, SIZE))).half() for of_canvas in images])
+    labels = torch.cat([of_canvas.labels for of_canvas in images])
+    moments: list[float] = []
 
-        def forward(batch: Tensor) -> Tensor:
-            with computing(device):
-                logits: Tensor = compiled(batch)
-            return logits.float()
+    def tell(step: int, measure: Measure) -> None:
+        place.step = step
+        moments.append(progress.budget.elapsed)
+        progress.log.status(Pace(place, BATCH_SIZE, (0, place.began), moments[-1]))
+        if progress.stopped:
+            raise _StoppedError
 
-        def tell(step: int, measure: Measure) -> None:
-            if step % PROGRESS_EVERY == 0:
-                print(f"critic {step} loss={measure.loss:.3f} accuracy={measure.accuracy:.3f}", flush=True)
+    def learn(steps: int) -> dict[str, Tensor]:
+        with torch.random.fork_rng():
+            torch.manual_seed(progress.settings["seed"])
+            network = ConvNet(int(labels.max()) + 1, SIZE).to(device)
 
-        pixels = torch.cat([normalised(to_unit(of_class)).half() for of_class in images.by_class()])
-        train(network, pixels, images.labels, Schedule(max_steps=STEPS), tell, forward)
-    weights: dict[str, Tensor] = network.state_dict()
-    return weights
+            def forward(batch: Tensor) -> Tensor:
+                with computing(device):
+                    logits: Tensor = network(batch)
+                return logits.float()
+
+            train(network, pixels, labels, Schedule(max_steps=steps), tell, forward)
+        weights: dict[str, Tensor] = network.state_dict()
+        return weights
+
+    try:
+        if place.ends is None:
+            learn(PROBED)
+            pace = max((moments[-1] - moments[0]) / (PROBED - 1), 1e-9)
+            left = place.until - progress.budget.elapsed
+            place.ends = processes.agreed(min(STEPS, max(PROBED, int(left / pace))))
+            save(progress)
+        return learn(place.ends)
+    except _StoppedError:
+        return None
+
+
+class _StoppedError(Exception):
+    """The training was told to finish with what there is."""
 
 
 def load_critic(weights: dict[str, Tensor], device: torch.device) -> Critic:
     """The critic of these weights. Gradients go to the pictures alone."""
     network = ConvNet(len(weights["classifier.bias"]), SIZE).requires_grad_(False)
     network.load_state_dict(weights)
-    network.to(device)
-    run = torch.compile(_blocks, dynamic=False, disable=device.type != "cpu")
+    network.to(device).to(memory_format=torch.channels_last)
 
     def critic(pictures: Tensor) -> list[Tensor]:
         with computing(device):
-            return [block.float() for block in run(network, pictures)]
+            return [block.float() for block in _blocks(network, pictures)]
 
     return critic
 

@@ -6,7 +6,7 @@ second diffusion model that learns from the student alone (Yin et al. 2024, dist
 two rates of DMD2 in place of its regression).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from tools.scoring.recorded import recorded
 from tools.training.diffusion import Teacher, denoise, denoise_guided, solver_of, velocity_step
-from tools.training.layout import LATENT_SHAPE, Conditioning, Networks, one_step_latents
-from tools.training.progress import Progress, optimisers_of, record, steps, update
+from tools.training.images import RealImages
+from tools.training.layout import Conditioning, Networks, latent_shape, one_step_latents
+from tools.training.progress import Pace, Progress, batch_for, optimisers_of, pick, record, seed_step, steps, update
 from tools.training.prompts import Prompts
 
-PAIRS = 120_000  # of noise and sample
-SOLVED_AT_ONCE = 2000
+PAIRS = 200_000  # of noise and sample, at most
+SOLVED_AT_ONCE = 1024
 
 DISTIL_BATCH = 1024
 DISTIL_RATE = 2e-3
@@ -36,32 +37,53 @@ LEAST_DISTANCE = 1e-3  # mean absolute, from a sample to what the teacher makes 
 
 @dataclass(frozen=True)
 class Pairs:
-    """`noise` and `latents`, float16 `[N, 4, h, w]`, `rows` of the prompts, int64 `[N]`."""
+    """Of one canvas: `noise` and `latents`, float16 `[N, 4, h, w]`, and `rows` of the prompts, int64 `[N]`."""
 
     noise: Tensor
     latents: Tensor
     rows: Tensor
 
 
-def make_pairs(teacher: Teacher, prompts: Prompts, generator: torch.Generator) -> Pairs:
-    """What the teacher makes of noise, for prompts at random."""
-    solve = solver_of(teacher)
-    rows = prompts.draw(PAIRS, generator)
-    noise = torch.randn(PAIRS, *LATENT_SHAPE, device=generator.device, generator=generator).half()
-    latents = torch.empty_like(noise)
-    for first in range(0, PAIRS, SOLVED_AT_ONCE):
-        part = slice(first, first + SOLVED_AT_ONCE)
-        latents[part] = solve(noise[part].float(), rows[part])
-        if first % (PAIRS // 10) < SOLVED_AT_ONCE:
-            print(f"pairs {first + SOLVED_AT_ONCE} of {PAIRS}", flush=True)
-    return Pairs(noise, latents, rows)
+def make_pairs(
+    teacher: Teacher, progress: Progress, prompts: Prompts, images: Sequence[RealImages]
+) -> list[Pairs] | None:
+    """What the teacher makes of noise, for prompts at random, in the stage's time, PAIRS at most: of every canvas as
+    many as it has a share of the images. None where the training was told to stop meanwhile."""
+    place, generator = progress.place, progress.generator
+    solve = [solver_of(teacher) for _ in images]  # one each: their shapes differ
+    made: list[list[Pairs]] = [[] for _ in images]
+    while True:
+        counts = [sum(len(part.rows) for part in done) for done in made]
+        # The canvas that is most behind.
+        canvas = min(range(len(images)), key=lambda c: counts[c] / len(images[c].pixels))
+        if progress.stopped:
+            return None
+        if counts[canvas] and (sum(counts) >= PAIRS or progress.budget.elapsed >= place.until):
+            break
+        seed_step(progress, place.step)
+        count = batch_for(SOLVED_AT_ONCE, images[canvas].canvas, generator.device)
+        rows = prompts.draw(images[canvas], count, generator)
+        noise = torch.randn(count, *latent_shape(images[canvas].canvas), device=generator.device, generator=generator)
+        noise = noise.half()
+        made[canvas].append(Pairs(noise, solve[canvas](noise.float(), rows).half(), rows))
+        place.step += 1
+        progress.log.status(Pace(place, count, (0, place.began), progress.budget.elapsed))
+    return [
+        Pairs(*(torch.cat([getattr(part, name) for part in done]) for name in ("noise", "latents", "rows")))
+        for done in made
+    ]
 
 
 def train_distil(
-    networks: Networks, progress: Progress, encoded: Conditioning, pairs: Pairs, total: int, on_save: Callable[[], None]
+    networks: Networks,
+    progress: Progress,
+    encoded: Conditioning,
+    pairs: Sequence[Pairs],
+    images: Sequence[RealImages],
+    on_save: Callable[[], None],
 ) -> None:
-    """Train the student, `networks.unet`, for `total` steps on pairs."""
-    device = pairs.noise.device
+    """Train the student, `networks.unet`, for the stage's time on the pairs of each canvas."""
+    device, generator = progress.generator.device, progress.generator
     parameters, optimisers = optimisers_of(networks.unet, DISTIL_RATE)
 
     def learn(noise: Tensor, latents: Tensor, rows: Tensor) -> Tensor:
@@ -69,10 +91,12 @@ def train_distil(
         update(optimisers, parameters, loss)
         return loss.detach()
 
-    step = recorded(learn, device)
-    for _ in steps(progress, optimisers, total, on_save):
-        chosen = torch.randint(len(pairs.rows), (DISTIL_BATCH,), device=device, generator=progress.generator)
-        loss = step(pairs.noise[chosen].float(), pairs.latents[chosen].float(), pairs.rows[chosen])
+    run = [recorded(learn, device) for _ in images]
+    for _ in steps(progress, optimisers, batch_for(DISTIL_BATCH, images[0].canvas, device), on_save):
+        canvas = pick(progress, images)
+        known, batch = pairs[canvas], batch_for(DISTIL_BATCH, images[canvas].canvas, device)
+        chosen = torch.randint(len(known.rows), (batch,), device=device, generator=generator)
+        loss = run[canvas](known.noise[chosen].float(), known.latents[chosen].float(), known.rows[chosen])
         record(progress, error=loss)
 
 
@@ -82,10 +106,10 @@ def train_match(
     rival: Any,
     progress: Progress,
     prompts: Prompts,
-    total: int,
+    images: Sequence[RealImages],
     on_save: Callable[[], None],
 ) -> None:
-    """Train the student, `networks.unet`, for `total` steps against a rival that is the teacher's UNet at first."""
+    """Train the student, `networks.unet`, for the stage's time against a rival that is the teacher's UNet at first."""
     schedule, encoded, generator = teacher.schedule, teacher.encoded, progress.generator
     device = generator.device
     students, student_optimisers = optimisers_of(networks.unet, MATCH_RATE)
@@ -108,13 +132,17 @@ def train_match(
             made = one_step_latents(networks, start, encoded.of(rows))
         return velocity_step(rival, schedule, made, timesteps, noise, encoded.of(rows), rival_optimisers, rivals)
 
-    def draw() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        start, noise = torch.randn(2, MATCH_BATCH, *LATENT_SHAPE, device=device, generator=generator)
-        timesteps = torch.randint(*COMPARED, (MATCH_BATCH,), device=device, generator=generator)
-        return start, prompts.draw(MATCH_BATCH, generator), timesteps, noise
+    def draw(of_canvas: RealImages) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        batch = batch_for(MATCH_BATCH, of_canvas.canvas, device)
+        start, noise = torch.randn(2, batch, *latent_shape(of_canvas.canvas), device=device, generator=generator)
+        timesteps = torch.randint(*COMPARED, (batch,), device=device, generator=generator)
+        return start, prompts.draw(of_canvas, batch, generator), timesteps, noise
 
-    step, rival_step = recorded(learn, device), recorded(learn_rival, device)
-    for _ in steps(progress, [*student_optimisers, *rival_optimisers], total, on_save):
+    run = [recorded(learn, device) for _ in images]
+    run_rival = [recorded(learn_rival, device) for _ in images]
+    batch = batch_for(MATCH_BATCH, images[0].canvas, device)
+    for _ in steps(progress, [*student_optimisers, *rival_optimisers], batch, on_save):
+        canvas = pick(progress, images)
         for _ in range(RIVAL_STEPS):
-            of_rival = rival_step(*draw())
-        record(progress, gap=step(*draw()), rival=of_rival)
+            of_rival = run_rival[canvas](*draw(images[canvas]))
+        record(progress, gap=run[canvas](*draw(images[canvas])), rival=of_rival)

@@ -1,4 +1,4 @@
-"""The real images, all tasks' classes in one row: what every part of the training draws from."""
+"""The real images, those of one canvas together: what every part of the training draws from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,27 +9,40 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class RealImages:
-    """`pixels` uint8 `[N, 3, s, s]`, class after class; `counts` int64 `[classes]`, the images of each."""
+    """Images of the classes that are drawn on one canvas of s pixels: `pixels` uint8 `[N, 3, s, s]`, class after class;
+    `counts` int64 `[classes]`, the images of each; `first`, the number of its first class among those of all canvases.
+    """
 
     pixels: Tensor
     counts: Tensor
+    first: int = 0
+
+    @property
+    def canvas(self) -> int:
+        """Pixels of an image's side."""
+        return self.pixels.shape[-1]
 
     @property
     def labels(self) -> Tensor:
-        """int64 `[N]`."""
-        return torch.arange(len(self.counts), device=self.counts.device).repeat_interleave(self.counts)
+        """int64 `[N]`, numbers among the classes of all canvases."""
+        classes = torch.arange(self.first, self.first + len(self.counts), device=self.counts.device)
+        return classes.repeat_interleave(self.counts)
+
+    @property
+    def weight(self) -> float:
+        """How often a step is about these: batches are the smaller the larger a canvas is, so that with this every
+        image of all canvases is seen as often."""
+        return float(len(self.pixels) * self.canvas**2)
 
     def by_class(self) -> Sequence[Tensor]:
         """The pixels of each class."""
         return torch.split(self.pixels, self.counts.tolist())
 
-    def draw(self, classes: Tensor, each: int, generator: torch.Generator) -> Tensor:
-        """`each` images at random of each of `classes`, mirrored by a coin: float32 in -1..1, `[C * each, 3, s, s]`."""
-        first = self.counts.cumsum(0) - self.counts
-        chosen = classes.repeat_interleave(each)
-        places = (torch.rand(len(chosen), device=generator.device, generator=generator) * self.counts[chosen]).long()
-        pixels = to_unit(self.pixels[first[chosen] + places])
-        heads = torch.rand(len(chosen), 1, 1, 1, device=generator.device, generator=generator) < 0.5
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """So many images at random, mirrored by a coin: float32 in -1..1, `[count, 3, s, s]`."""
+        device = generator.device
+        pixels = to_unit(self.pixels[torch.randint(len(self.pixels), (count,), device=device, generator=generator)])
+        heads = torch.rand(count, 1, 1, 1, device=device, generator=generator) < 0.5
         return torch.where(heads, pixels.flip(-1), pixels).contiguous(memory_format=torch.channels_last)
 
 

@@ -1,10 +1,10 @@
-"""Where a training stands: its steps, its log, and the state that a killed one goes on from."""
+"""Where a training stands: its stages and their time, steps and log, and the state that a killed one goes on from."""
 
+import hashlib
 import io
-import math
-import time
+import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,21 +12,57 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from submission.errors import OutputError
+from submission.errors import OutputError, first_line
+from submission.log import Log
+from submission.plan.budget import Budget
+from tools.training import processes
+from tools.training.images import RealImages
 from tools.training.muon import Muon
 
-WARM_UP = 50  # steps, or a tenth of all where that is less
+# What is done one after the other, and the share of the time after the images are read that each gets:
+# docs/own-data.md says what other splits gave.
+SHARES = {"critic": 0.03, "vae": 0.07, "diffusion": 0.52, "pairs": 0.1, "distil": 0.13, "match": 0.15}
+STAGES = tuple(SHARES)
+DONE = "done"
+STATE, LOG = "state.pt", "training.log"  # files of the output
+
+WARM_UP = 20  # steps in which the rates rise
+STEADY = 0.7  # share of a stage in which the rates stay; then they fall to nothing
+OVERRUN = 0.05  # share of a stage's time by which it may be late; the stages after it have less
+SETTLED = 3  # steps before the pace is measured: the first ones allocate and record
+CHECKED_EVERY = 16  # steps after which several processes ask the first one how late it is
+SAVE_SECONDS = 60.0  # between saves of the state, the most that a kill loses
 CLIP_NORM = 1.0
-LOG_EVERY = 50  # steps that a line of the log is the mean of
+LOG_EVERY = 10  # steps that a line of the log is the mean of
 ADAMS_SHARE = 1 / 3  # of the rate, for what Muon does not take: text encoders, biases and norms
+# Of the batches that suit a GPU a CPU takes a fourth: more steps in the same time.
+CPU_BATCHES = 4
+LEAST_BATCH = 8
 
 
 @dataclass
 class Journal:
-    """The lines of the log, and the losses of steps that are not in it yet: scalars on the device."""
+    """The lines of the log, the losses of steps that are not in it yet, scalars on the device, and the steps of each
+    stage that is over."""
 
     lines: list[str] = field(default_factory=list)
     unlogged: list[dict[str, Tensor]] = field(default_factory=list)
+    steps: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Place:
+    """A stage, the steps of it that are done, and its time: moments of the budget, in seconds.
+
+    The rates fall from step `falls` on, and the stage is over after step `ends`; both are None until then.
+    """
+
+    stage: str = STAGES[0]
+    began: float = 0.0
+    until: float = 0.0
+    step: int = 0
+    falls: int | None = None
+    ends: int | None = None
 
 
 @dataclass
@@ -34,68 +70,184 @@ class Progress:
     """Where the training stands, `networks` by name included: all that a resumed one needs."""
 
     output: Path
-    save_every: int  # steps
+    budget: Budget
+    log: Log
     networks: dict[str, nn.Module]
-    generator: torch.Generator  # of the device that trains
+    generator: torch.Generator  # of the device that trains; seeded anew for every step
     settings: dict[str, Any]  # what a resumed training must have been begun with
-    stage: str = "vae"
-    step: int = 0  # done in this stage
-    seconds: float = 0.0  # of steps so far, over all starts
+    place: Place = field(default_factory=Place)
     optimisers: list[dict[str, Any]] | None = None
     journal: Journal = field(default_factory=Journal)
+    reserve: float = 10.0  # seconds at the end for checkpoint and page; measured on the way
+
+    @property
+    def stopped(self) -> bool:
+        """Whether it was told to finish with what there is."""
+        return self.budget.hurried
 
 
-def start(progress: Progress, *, resume: bool) -> None:
-    """Make the output folder ready: take up its state, or refuse one that holds a training already.
+def state_to_resume(output: Path, settings: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
+    """What an earlier start of this training left in its folder, which is made; None where there is nothing yet.
 
-    Raises OutputError, and OSError as all that writes there.
+    Raises OutputError for the folder of another training, and OSError as all that writes there.
     """
-    kept = progress.output / "state.pt"
-    progress.output.mkdir(parents=True, exist_ok=True)
-    if kept.exists() and not resume:
+    kept = output / STATE
+    output.mkdir(parents=True, exist_ok=True)
+    if not kept.exists():
+        return None
+    if not resume:
         raise OutputError(f"{kept} is there from another training: go on with --resume, or choose another --output")
-    if kept.exists():
-        _load(kept, progress)
-    elif not resume:
-        for of_another in ("critic.pt", "pairs.pt"):
-            (progress.output / of_another).unlink(missing_ok=True)
-    (progress.output / "training.log").write_text("".join(line + "\n" for line in progress.journal.lines))
+    state: dict[str, Any] = load_whole(kept)
+    begun_with = state.get("settings") if isinstance(state, dict) else None
+    if begun_with != settings:
+        begun = ", ".join(f"{name} {value}" for name, value in (begun_with or {}).items()) or "an earlier version's"
+        raise OutputError(f"{kept} is of a training with other options ({begun}): give the same, or another --output")
+    return state
+
+
+def restore(progress: Progress, state: dict[str, Any] | None) -> None:
+    """Go on from a state, or begin."""
+    if state is not None:
+        for name, network in progress.networks.items():
+            network.load_state_dict(state["networks"][name])
+        progress.place, progress.journal = Place(**state["place"]), Journal(**state["journal"])
+        progress.optimisers, progress.reserve = state["optimisers"], state["reserve"]
+    if processes.is_first():
+        (progress.output / LOG).write_text("".join(line + "\n" for line in progress.journal.lines))
 
 
 def begin_stage(progress: Progress, stage: str) -> None:
-    progress.stage, progress.step, progress.optimisers, progress.journal.unlogged = stage, 0, None, []
+    """The next stage, with its share of the time that is left for it and those after it; or the end of them all."""
+    now = progress.budget.elapsed
+    later = STAGES[STAGES.index(stage) :] if stage != DONE else ()
+    share = SHARES[stage] / sum(SHARES[one] for one in later) if later else 0.0
+    until = now + share * max(0.0, progress.budget.left - progress.reserve)
+    progress.place = Place(stage, *processes.agreed((now, until)))
+    progress.optimisers, progress.journal.unlogged = None, []
     save(progress)
 
 
 def steps(
     progress: Progress,
     optimisers: Sequence[torch.optim.Optimizer],
-    total: int,
+    batch: int,
     on_save: Callable[[], None] = lambda: None,
 ) -> Iterator[int]:
-    """Numbers of the steps left to do, the learning rates set before each, the state saved after some.
+    """Numbers of the steps that the stage's time allows, the learning rates set and the generator seeded before each,
+    the state saved after some. `batch` images are what a step takes.
 
-    The rates rise linearly over WARM_UP steps at most, to what the optimisers were made with, and fall to nothing along
-    half a cosine.
+    The rates rise over WARM_UP steps to what the optimisers were made with, and stay. When STEADY of the time is over,
+    the pace so far says how many steps more there will be, and over these the rates fall to nothing: so that no more
+    than the rest of the stage depends on a guess, and what came before on none.
     """
+    place, budget = progress.place, progress.budget
     rates = [[group["lr"].item() for group in optimiser.param_groups] for optimiser in optimisers]
     if progress.optimisers is not None:
         for optimiser, state in zip(optimisers, progress.optimisers, strict=True):
             optimiser.load_state_dict(state)
-    warm_up = min(WARM_UP, total / 10)
-    for step in range(progress.step, total):
-        started = time.monotonic()
-        factor = min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / total))
-        for optimiser, highest in zip(optimisers, rates, strict=True):
-            for group, rate in zip(optimiser.param_groups, highest, strict=True):
-                group["lr"].fill_(rate * factor)
-        yield step
-        progress.step = step + 1
-        progress.seconds += time.monotonic() - started
-        if progress.step % progress.save_every == 0 or progress.step == total:
+    first, settled, saved = place.step, (place.step, budget.elapsed), budget.elapsed
+    every = CHECKED_EVERY if processes.count() > 1 else 1
+    while True:
+        if place.step % every == 0:
+            if place.ends is None and processes.agreed(_share_over(progress) >= STEADY):
+                place.falls, place.ends = place.step, processes.agreed(place.step + _steps_left(progress, settled))
+                saved = -SAVE_SECONDS
+            if processes.agreed(_is_over(progress)):
+                break
+        _set_rates(optimisers, rates, place)
+        seed_step(progress, place.step)
+        yield place.step
+        place.step += 1
+        if place.step - first == SETTLED:
+            settled = (place.step, budget.elapsed)
+        progress.log.status(Pace(place, batch, settled, budget.elapsed))
+        if budget.elapsed - saved >= SAVE_SECONDS:
             progress.optimisers = [optimiser.state_dict() for optimiser in optimisers]
             save(progress)
             on_save()
+            saved = budget.elapsed
+    progress.optimisers = [optimiser.state_dict() for optimiser in optimisers]
+    save(progress)
+
+
+def _share_over(progress: Progress) -> float:
+    """How much of the stage's time is over, 0..1."""
+    place = progress.place
+    return min(1.0, (progress.budget.elapsed - place.began) / max(place.until - place.began, 1e-9))
+
+
+def _steps_left(progress: Progress, settled: tuple[int, float]) -> int:
+    """Steps that the rest of the stage's time allows, at the pace since the step and moment of `settled`."""
+    place, now = progress.place, progress.budget.elapsed
+    step, since = settled if place.step > settled[0] else (0, place.began)
+    return int((place.until - now) * (place.step - step) / max(now - since, 1e-9))
+
+
+def _is_over(progress: Progress) -> bool:
+    """Whether the stage ends here: its steps are done, it is late, or the training was told to stop."""
+    place = progress.place
+    late = min(
+        place.until + OVERRUN * (place.until - place.began),
+        max(place.until, progress.budget.seconds - progress.reserve),
+    )
+    done = place.ends is not None and place.step >= place.ends
+    return progress.stopped or done or progress.budget.elapsed > late
+
+
+def _set_rates(optimisers: Sequence[torch.optim.Optimizer], rates: Sequence[Sequence[float]], place: Place) -> None:
+    factor = min(1.0, (place.step + 1) / WARM_UP)
+    if place.falls is not None and place.ends is not None:
+        factor *= (place.ends - place.step) / (place.ends - place.falls)
+    for optimiser, highest in zip(optimisers, rates, strict=True):
+        for group, rate in zip(optimiser.param_groups, highest, strict=True):
+            group["lr"].fill_(rate * factor)
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What a line of progress says of a stage."""
+
+    place: Place
+    batch: int
+    settled: tuple[int, float]
+    now: float
+
+    @property
+    def images(self) -> int:
+        return round(100 * (self.now - self.place.began))
+
+    @property
+    def planned_images(self) -> int:
+        return round(100 * (self.place.until - self.place.began))
+
+    def __str__(self) -> str:
+        steps, seconds = self.place.step - self.settled[0], self.now - self.settled[1]
+        pace = f", {steps * self.batch * processes.count() / seconds:,.0f} images/s" if steps and seconds else ""
+        return (
+            f"{self.place.stage}: step {self.place.step:,}{pace}, {max(0.0, self.place.until - self.now):.0f} s to go"
+        )
+
+
+def seed_step(progress: Progress, step: int) -> None:
+    """Seed the generator for a step, so that what chance decides in it depends on nothing that came before."""
+    progress.generator.manual_seed(_seed(progress, step, processes.number()))
+
+
+def pick(progress: Progress, images: Sequence[RealImages]) -> int:
+    """Which canvas this step is about, the same in all processes."""
+    dice = random.Random(_seed(progress, progress.place.step, "canvas"))
+    return dice.choices(range(len(images)), [of_canvas.weight for of_canvas in images])[0]
+
+
+def _seed(progress: Progress, *of: object) -> int:
+    words = repr((progress.settings["seed"], progress.place.stage, *of))
+    return int.from_bytes(hashlib.sha256(words.encode()).digest()[:7])
+
+
+def batch_for(batch: int, canvas: int, device: torch.device) -> int:
+    """How many images of a canvas a step takes: `batch` is what suits a GPU at the smallest canvas."""
+    share = CPU_BATCHES if device.type == "cpu" else 1
+    return max(LEAST_BATCH, batch * 32**2 // (share * canvas**2))
 
 
 def adam(parameters: Sequence[Tensor], rate: float) -> torch.optim.AdamW:
@@ -127,42 +279,42 @@ def update(optimisers: Sequence[torch.optim.Optimizer], parameters: Sequence[Ten
     for parameter in parameters:
         parameter.grad = None
     torch.autograd.backward(loss)
+    processes.average_gradients(parameters)
     torch.nn.utils.clip_grad_norm_(parameters, CLIP_NORM)
     for optimiser in optimisers:
         optimiser.step()
 
 
 def record(progress: Progress, **losses: Tensor) -> None:
-    """Note the losses of a step, scalars that may be written over; every LOG_EVERY steps their means go into the log
-    and onto the screen."""
+    """Note the losses of a step, scalars that may be written over; every LOG_EVERY steps their means are logged."""
     journal = progress.journal
     journal.unlogged.append({name: loss.clone() for name, loss in losses.items()})
-    done = progress.step + 1
+    done = progress.place.step + 1
     if done % LOG_EVERY:
         return
     means = {name: fmean(step[name].item() for step in journal.unlogged) for name in losses}
-    line = f"{progress.stage} {done} " + " ".join(f"{name}={mean:.5f}" for name, mean in means.items())
+    line = f"{progress.place.stage} {done} " + " ".join(f"{name}={mean:.5f}" for name, mean in means.items())
     journal.unlogged = []
     journal.lines.append(line)
-    with (progress.output / "training.log").open("a") as log:
-        log.write(line + "\n")
-    print(f"{line} ({progress.seconds:.0f} s)", flush=True)
+    if processes.is_first():
+        with (progress.output / LOG).open("a") as log:
+            log.write(line + "\n")
 
 
 def save(progress: Progress) -> None:
     """Put everything that a resumed run needs into one file."""
+    if not processes.is_first():
+        return
     state = {
         "settings": progress.settings,
         "networks": {name: network.state_dict() for name, network in progress.networks.items()},
-        "stage": progress.stage,
-        "step": progress.step,
-        "seconds": progress.seconds,
+        "place": asdict(progress.place),
+        "elapsed": progress.budget.elapsed,
+        "reserve": progress.reserve,
         "optimisers": progress.optimisers,
-        "log": progress.journal.lines,
-        "unlogged": progress.journal.unlogged,
-        "generator": progress.generator.get_state(),
+        "journal": vars(progress.journal),
     }
-    save_whole(state, progress.output / "state.pt")
+    save_whole(state, progress.output / STATE)
 
 
 def save_whole(value: Any, path: Path) -> None:
@@ -174,15 +326,9 @@ def save_whole(value: Any, path: Path) -> None:
     unfinished.replace(path)
 
 
-def _load(path: Path, progress: Progress) -> None:
-    state = torch.load(path, map_location=progress.generator.device, weights_only=True)
-    settings = state.get("settings", {})  # none: begun by an earlier version
-    if settings != progress.settings:
-        begun = ", ".join(f"{name} {value}" for name, value in settings.items()) or "an earlier version's"
-        raise OutputError(f"{path} is of a training with other options ({begun}): give the same, or another --output")
-    for name, network in progress.networks.items():
-        network.load_state_dict(state["networks"][name])
-    progress.generator.set_state(state["generator"].cpu())
-    for name in ("stage", "step", "seconds", "optimisers"):
-        setattr(progress, name, state[name])
-    progress.journal = Journal(state["log"], state["unlogged"])
+def load_whole(path: Path) -> Any:
+    """What `save_whole` saved, on the CPU. Raises OutputError for a file that it did not."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of any class: the file may be anything
+        raise OutputError(f"{path} cannot be read ({first_line(error)[:120]}): remove it") from error

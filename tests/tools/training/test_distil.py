@@ -1,6 +1,7 @@
 """The student learns from a teacher whose every answer is known."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,24 +9,28 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tools.training.test_diffusion import OfGaussians, numbered
-from tools.training import distil, layout
+from submission.log import Log
+from submission.plan.budget import Budget
+from tests.tools.training.test_diffusion import CONFIG, OfGaussians, numbered
+from tools.training import distil, layout, progress
 from tools.training.diffusion import NoiseSchedule, Teacher, noise_schedule
 from tools.training.distil import Pairs, make_pairs, train_distil, train_match
+from tools.training.images import RealImages
 from tools.training.layout import Conditioning
-from tools.training.progress import Progress
+from tools.training.progress import Place, Progress
 from tools.training.prompts import Prompts
 
 CPU = torch.device("cpu")
-# Three prompts, the last the empty one.
-PROMPTS = Prompts(torch.zeros(3, 1, dtype=torch.long), torch.ones(1), torch.ones(2))
+# Three prompts, the last the empty one; a class for each of the others, two of the smallest canvas.
+PROMPTS = Prompts(torch.zeros(3, 1, dtype=torch.long), torch.tensor([[0], [1]]), torch.ones(1))
+IMAGES = [RealImages(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.ones(2, dtype=torch.long))]
 
 
 @pytest.fixture
 def networks(monkeypatch: pytest.MonkeyPatch) -> layout.Networks:
-    monkeypatch.setattr(layout, "UNET_WIDTHS", (32, 32))
+    monkeypatch.setattr(layout, "UNET_WIDTHS", {"small": (32, 32)})
     torch.manual_seed(0)
-    return layout.build_networks(["a photo of an apple"])
+    return layout.build_networks(["a photo of an apple"], "small", 32)
 
 
 @pytest.fixture
@@ -34,9 +39,14 @@ def schedule(networks: layout.Networks) -> NoiseSchedule:
 
 
 @pytest.fixture
-def begin(tmp_path: Path) -> Callable[[layout.Networks], Progress]:
-    def make(networks: layout.Networks) -> Progress:
-        return Progress(tmp_path, 1000, {"unet": networks.unet}, torch.Generator().manual_seed(0), {})
+def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], Progress]:
+    """A stage that has the time for so many steps: every look at the clock takes a second."""
+    monkeypatch.setattr(progress, "save", lambda _: None)
+
+    def make(stage: str, steps: int) -> Progress:
+        budget = Budget(10_000.0, 0.0, clock=itertools.count().__next__)
+        place = Place(stage, until=10_000.0, ends=steps, falls=steps // 2)
+        return Progress(tmp_path, budget, Log("kept", budget), {}, torch.Generator(), {"seed": 0}, place)
 
     return make
 
@@ -49,44 +59,48 @@ def embeddings() -> Conditioning:
 
 
 def samples(networks: layout.Networks) -> Tensor:
-    noise = torch.randn(32, *layout.LATENT_SHAPE, generator=torch.Generator().manual_seed(9))
+    noise = torch.randn(32, *layout.latent_shape(32), generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         return layout.one_step_latents(networks, noise, embeddings().of(torch.zeros(32, dtype=torch.long)))
 
 
-def test_pairs_are_of_the_teachers_classes(schedule: NoiseSchedule, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distil, "PAIRS", 40)
-    monkeypatch.setattr(distil, "SOLVED_AT_ONCE", 10)
-    teacher = Teacher(OfGaussians(schedule, torch.tensor([2.0, -2.0, 0.0]), 0.3), schedule, numbered(3))
-    pairs = make_pairs(teacher, PROMPTS, torch.Generator().manual_seed(0))
-    assert set(pairs.rows.tolist()) == {0, 1}
+def test_pairs_are_of_the_teachers_classes(
+    schedule: NoiseSchedule, begin: Callable[[str, int], Progress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil, "PAIRS", 64)
+    monkeypatch.setattr(distil, "SOLVED_AT_ONCE", 64)
+    teacher = Teacher(OfGaussians(schedule, torch.tensor([2.0, -2.0, 0.0]), 0.3), schedule, numbered(3), CONFIG)
+    made = make_pairs(teacher, begin("pairs", 1), PROMPTS, IMAGES)
+    assert made is not None
+    (pairs,) = made
+    assert len(pairs.rows) == 64 and set(pairs.rows.tolist()) == {0, 1}
     sides = pairs.latents.float().mean(dim=(1, 2, 3)).sign()
     assert torch.equal(sides, torch.where(pairs.rows == 0, 1.0, -1.0))
     assert pairs.noise.float().std().item() == pytest.approx(1, abs=0.05)
 
 
 def test_a_student_learns_where_the_teacher_leads(
-    networks: layout.Networks, begin: Callable[[layout.Networks], Progress], monkeypatch: pytest.MonkeyPatch
+    networks: layout.Networks, begin: Callable[[str, int], Progress], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distil, "DISTIL_BATCH", 16)
-    noise = torch.randn(32, *layout.LATENT_SHAPE, generator=torch.Generator().manual_seed(9))
+    monkeypatch.setattr(distil, "DISTIL_BATCH", 64)
+    noise = torch.randn(32, *layout.latent_shape(32), generator=torch.Generator().manual_seed(9))
     pairs = Pairs(noise.half(), (0.5 * noise + 1).half(), torch.zeros(32, dtype=torch.long))
     before = (samples(networks) - pairs.latents.float()).square().mean()
-    train_distil(networks, begin(networks), embeddings(), pairs, 30, lambda: None)
+    train_distil(networks, begin("distil", 30), embeddings(), [pairs], IMAGES, lambda: None)
     assert (samples(networks) - pairs.latents.float()).square().mean() < 0.5 * before
 
 
 def test_a_student_moves_to_what_the_teacher_finds_likely(
     networks: layout.Networks,
     schedule: NoiseSchedule,
-    begin: Callable[[layout.Networks], Progress],
+    begin: Callable[[str, int], Progress],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(distil, "MATCH_BATCH", 8)
+    monkeypatch.setattr(distil, "MATCH_BATCH", 32)
     # With and without a prompt the same, so that guidance changes nothing.
-    teacher = Teacher(OfGaussians(schedule, torch.tensor([1.0, 1.0, 1.0]), 0.5), schedule, embeddings())
+    teacher = Teacher(OfGaussians(schedule, torch.tensor([1.0, 1.0, 1.0]), 0.5), schedule, embeddings(), CONFIG)
     rival = copy.deepcopy(networks.unet)
     before, rival_before = samples(networks).mean(), rival.conv_out.weight.clone()
-    train_match(networks, teacher, rival, begin(networks), PROMPTS, 20, lambda: None)
+    train_match(networks, teacher, rival, begin("match", 20), PROMPTS, IMAGES, lambda: None)
     assert abs(samples(networks).mean() - 1) < 0.9 * abs(before - 1)
     assert not torch.equal(rival.conv_out.weight, rival_before), "the rival learnt nothing"

@@ -1,0 +1,211 @@
+"""Training: it survives kills, repeats itself, and what it leaves is what diffusers and the job load."""
+
+import json
+import re
+import signal
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+
+from submission.model.checkpoint import inspect
+from tests import forked
+from tests.paths import ROOT
+from tools import train
+from tools.init import task_text
+from tools.training import arithmetic, layout
+from tools.training.progress import save_whole
+
+# Tasks of two canvases: name, size of the images, classes.
+TASKS = {"tiles": (32, ("red", "green", "blue")), "signs": (50, ("stop", "yield"))}
+EACH = 6
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Both tasks' files, and a folder per class with images of several sizes."""
+    folder = tmp_path_factory.mktemp("data")
+    dice = np.random.default_rng(0)
+    for name, (size, classes) in TASKS.items():
+        text = task_text(name, classes, size, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "made up")
+        (folder / f"{name}.toml").write_text(text)
+        for number, one in enumerate(classes):
+            (folder / name / "train" / one).mkdir(parents=True)
+            for index in range(EACH):
+                pixels = dice.integers(0, 256, (size + index, size + 2 * index, 3), dtype=np.uint8)
+                pixels[..., number] //= 4
+                Image.fromarray(pixels).save(folder / name / "train" / one / f"{index}.png")
+    return folder
+
+
+def start(data: Path, output: Path, *more: str) -> ForkServerProcess:
+    tasks = [str(data / f"{name}.toml") for name in TASKS]
+    arguments = [*tasks, "--data", str(data), "--output", str(output), "--budget", "3000", "--seed", "5", *more]
+    log = output.with_suffix(".errors")
+    return forked.start_command(
+        train.main, [*arguments, "--device", "cpu"], log, folder=ROOT, environment={}, fault=forked.small_training
+    )
+
+
+def finish(process: ForkServerProcess, output: Path, code: int = 0) -> str:
+    process.join(200)
+    said = output.with_suffix(".errors").read_text()
+    assert process.exitcode == code, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("trained") / "out"
+    finish(start(data, output), output)
+    return output
+
+
+def reached(output: Path, line: str) -> Callable[[], bool]:
+    """Whether the log has come to a line that begins so."""
+    log = output / "training.log"
+    return lambda: log.exists() and re.search(f"^{line}", log.read_text(), re.MULTILINE) is not None
+
+
+def test_a_training_killed_in_every_stage_goes_on_to_the_same_end(data: Path, trained: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    for line in ("vae 2 ", "diffusion 7 ", "distil 2 ", "match 2 "):
+        process = start(data, output, "--resume")
+        forked.wait_for(reached(output, line), process)
+        process.kill()
+        process.join()
+        # There is no checkpoint yet, or a whole one.
+        if (output / "checkpoint").exists():
+            load_pipeline(output / "checkpoint")
+    finish(start(data, output, "--resume"), output)
+    assert (output / "training.log").read_text() == (trained / "training.log").read_text()
+    for name in ("unet/diffusion_pytorch_model", "text_encoder_2/model", "vae/diffusion_pytorch_model"):
+        file = f"checkpoint/{name}.fp16.safetensors"
+        assert (output / file).read_bytes() == (trained / file).read_bytes()
+
+
+@pytest.mark.parametrize("line", ["vae 1 ", "diffusion 3 ", "match 1 "])
+def test_told_to_stop_it_leaves_what_there_is(line: str, data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = start(data, output)
+    forked.wait_for(reached(output, line), process)
+    forked.kill(process, signal.SIGTERM)
+    if line.startswith("vae"):
+        assert "stopped before anything could be drawn: go on with --resume" in finish(process, output, code=3)
+        assert not (output / "checkpoint").exists()
+        return
+    finish(process, output)
+    load_pipeline(output / "checkpoint")
+    assert not json.loads((output / "checkpoint/training.json").read_text())["finished"]
+    assert "not finished" in (output / "train.html").read_text()
+    finish(start(data, output, "--resume"), output)
+    assert json.loads((output / "checkpoint/training.json").read_text())["finished"]
+
+
+def test_what_is_left_tells_what_was_done(trained: Path) -> None:
+    facts = json.loads((trained / "checkpoint/training.json").read_text())
+    assert facts["resolutions"] == [32, 64] and facts["classes"]["signs"] == ["stop", "yield"]
+    assert facts["images"] == {"tiles": 3 * EACH, "signs": 2 * EACH}
+    assert set(facts["steps"]) == {"critic", "vae", "diffusion", "pairs", "distil", "match"}
+    assert all(facts["steps"].values()) and 0 <= facts["copying"]["nearer_than_99_percent_of_held_out"] <= 1
+    page = (trained / "train.html").read_text()
+    assert page.count("data:image/png") == 2 * 3 + 2 and "<svg" in page and "yield" in page
+    sheet = Image.open(trained / "samples/signs_match.png")
+    assert sheet.size == (2 * 64, 2 * 64)
+
+
+@pytest.mark.parametrize(
+    ("canvas", "prompts"), [(32, ["a photo of a red", "photo, blue"]), (64, ["a photo of a stop"])]
+)
+def test_training_and_diffusers_sample_alike_at_every_size(
+    canvas: int, prompts: list[str], trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arithmetic, "compute_dtype", lambda device: torch.float32)  # as the pipeline computes
+    pipeline = load_pipeline(trained / "checkpoint")
+    networks = networks_of(pipeline)
+    noise = torch.randn(len(prompts), *layout.latent_shape(canvas), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = layout.one_step_latents(networks, noise, layout.encode(networks, layout.token_ids(networks, prompts)))
+    theirs = pipeline(
+        prompt=prompts,
+        height=canvas,
+        width=canvas,
+        num_inference_steps=1,
+        guidance_scale=0.0,
+        latents=noise.clone(),  # the pipeline scales it
+        output_type="latent",
+    ).images
+    torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_the_job_knows_what_it_was_trained_for(trained: Path) -> None:
+    checkpoint = inspect(trained / "checkpoint", "here")
+    assert checkpoint.resolution_for(50) == 64 and checkpoint.resolution_for(32) == 32
+    assert checkpoint.classes == frozenset({"red", "green", "blue", "stop", "yield"})
+
+
+def load_pipeline(folder: Path) -> Any:
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, variant="fp16", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def networks_of(pipeline: Any) -> layout.Networks:
+    parts = ("tokenizer", "text_encoder", "text_encoder_2", "unet", "vae", "scheduler")
+    return layout.Networks(*(getattr(pipeline, name) for name in parts))
+
+
+# What it refuses, and says
+
+
+Refused = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def refused(data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Refused:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the test's own process
+
+    def run(*argv: object, tasks: int = 1) -> tuple[int, str]:
+        named = [str(data / "tiles.toml")] * tasks
+        return train.main([*named, "--device", "cpu", *map(str, argv)]), capsys.readouterr().err
+
+    return run
+
+
+def test_the_folder_of_another_training_is_left_alone(data: Path, tmp_path: Path, refused: Refused) -> None:
+    save_whole({"settings": {"device": "cpu", "seed": 5}}, tmp_path / "state.pt")
+    code, said = refused("--data", data, "--output", tmp_path)
+    assert code == 5 and "go on with --resume" in said
+    code, said = refused("--data", data, "--output", tmp_path, "--resume")
+    assert code == 5 and "seed 5" in said
+    (tmp_path / "state.pt").write_bytes(b"x")
+    code, said = refused("--data", data, "--output", tmp_path, "--resume")
+    assert code == 5 and "state.pt cannot be read" in said
+    (tmp_path / "file").touch()
+    code, said = refused("--data", data, "--output", tmp_path / "file")
+    assert code == 5 and "another --output" in said
+
+
+def test_wrong_usage_and_data_are_said_in_a_line(data: Path, tmp_path: Path, refused: Refused) -> None:
+    out = tmp_path / "out"
+    code, said = refused("--data", tmp_path, "--output", out)
+    assert code == 6 and "tiles_train.pt: no such file, nor is there a folder per class" in said
+    code, said = refused("--data", data, "--output", out, "--budget", "soon")
+    assert code == 2 and "--budget 'soon'" in said
+    code, said = refused("--data", data, "--output", out, tasks=2)
+    assert code == 2 and "named twice" in said
+    code, said = refused("--data", data, "--output", out, "--budget", "5s")
+    assert code == 3 and "give a longer --budget" in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_a_full_disk_is_what_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "state.pt.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        save_whole({"weights": torch.zeros(1 << 20)}, tmp_path / "state.pt")

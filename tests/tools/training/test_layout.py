@@ -1,0 +1,31 @@
+"""The networks that are trained."""
+
+import pytest
+import torch
+
+from submission.tasks import load_task
+from tools.training import layout
+
+
+def test_a_tokenizer_depends_on_its_prompts_alone() -> None:
+    prompts = [prompt for task in ("cifar100", "tinyimagenet") for prompt in load_task(task).prompts("described")[0]]
+    vocabularies = [layout.build_tokenizer(prompts).get_vocab() for _ in range(4)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+
+
+@pytest.mark.parametrize(("size", "canvas"), [(8, 32), (32, 32), (50, 64), (64, 64), (96, 96), (100, 128), (224, 128)])
+def test_images_are_drawn_on_the_smallest_canvas_that_holds_them(size: int, canvas: int) -> None:
+    assert layout.canvas_for(size) == canvas
+
+
+@pytest.mark.parametrize("size", layout.UNET_WIDTHS)
+@pytest.mark.parametrize("canvas", layout.CANVASES)
+def test_every_size_of_unet_takes_every_canvas(size: str, canvas: int) -> None:
+    torch.manual_seed(0)
+    networks = layout.build_networks(["a photo of an apple"], size, canvas)
+    noise = torch.randn(1, *layout.latent_shape(canvas))
+    with torch.no_grad():
+        conditioning = layout.encode(networks, layout.token_ids(networks, ["a photo of an apple"]))
+        latents = layout.one_step_latents(networks, noise, conditioning)
+        assert networks.vae.decode(latents / layout.LATENT_SCALE).sample.shape == (1, 3, canvas, canvas)
+    assert networks.unet.config.sample_size * layout.LATENT_SHRINK == canvas

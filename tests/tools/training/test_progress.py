@@ -1,0 +1,125 @@
+"""A training keeps its time, whatever a step takes, and repeats itself."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from submission.log import Log
+from submission.plan.budget import Budget
+from tools.training import progress as module
+from tools.training.images import RealImages
+from tools.training.progress import DONE, OVERRUN, STAGES, Progress, batch_for, begin_stage, pick, steps
+
+BUDGET = 1000.0
+
+
+class Clock:
+    """One that the test sets."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_saved() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "save", lambda _: None)
+        yield
+
+
+def begin(clock: Clock, stage: str = STAGES[0]) -> Progress:
+    budget = Budget(BUDGET, 0.0, clock)
+    progress = Progress(Path(), budget, Log("kept", budget), {}, torch.Generator(), {"seed": 0})
+    begin_stage(progress, stage)
+    return progress
+
+
+def optimiser() -> torch.optim.SGD:
+    return torch.optim.SGD([torch.zeros(1)], lr=torch.tensor(2.0))
+
+
+def train(progress: Progress, clock: Clock, seconds: Sequence[float]) -> list[float]:
+    """A stage whose steps take so many seconds, in turn; the learning rates of its steps."""
+    one, rates = optimiser(), []
+    for step in steps(progress, [one], 1):
+        rates.append(one.param_groups[0]["lr"].item())
+        clock.now += seconds[step % len(seconds)]
+    return rates
+
+
+@given(st.lists(st.floats(0.5, 4.0), min_size=1, max_size=20), st.floats(0, 100))
+def test_all_stages_end_with_the_budget_whatever_a_step_takes(seconds: list[float], read: float) -> None:
+    clock = Clock()
+    clock.now = read
+    progress = begin(clock)
+    for following in (*STAGES[1:], DONE):
+        train(progress, clock, seconds)
+        begin_stage(progress, following)
+    # The last step of the last stage may be under way when its time is over; and what is left is less than the pace
+    # told of a stage's last third, give or take a step of the slowest kind.
+    assert clock.now <= BUDGET - progress.reserve + 2 * max(seconds)
+    assert clock.now >= BUDGET - progress.reserve - 0.02 * BUDGET - 12 * max(seconds)
+
+
+def test_a_stage_that_slows_down_is_cut_off() -> None:
+    clock = Clock()
+    progress = begin(clock, "diffusion")
+    place = progress.place
+    one = optimiser()
+    for _ in steps(progress, [one], 1):
+        clock.now += 1.0 if clock.now < place.began + 0.75 * (place.until - place.began) else 10.0
+    assert place.ends is not None and place.step < place.ends
+    assert clock.now <= place.until + OVERRUN * (place.until - place.began) + 10
+
+
+def test_the_rates_rise_stay_and_fall_to_nothing() -> None:
+    clock = Clock()
+    rates = train(begin(clock, "vae"), clock, [0.5])
+    steady = rates.index(2.0)
+    falls = len(rates) - rates[::-1].index(2.0)
+    assert rates[0] < 0.2 and rates[:steady] == sorted(rates[:steady])
+    assert set(rates[steady:falls]) == {2.0} and 0.6 * len(rates) < falls < 0.8 * len(rates)
+    assert rates[falls:] == sorted(rates[falls:], reverse=True) and rates[-1] < 0.1
+
+
+def test_told_to_stop_a_stage_ends_after_its_step() -> None:
+    clock = Clock()
+    progress = begin(clock, "match")
+    for step in steps(progress, [optimiser()], 1):
+        clock.now += 1
+        if step == 4:
+            progress.budget.hurry()
+    assert progress.place.step == 5 and progress.place.ends is None
+
+
+def test_what_chance_decides_in_a_step_depends_on_the_step_alone() -> None:
+    drawn = []
+    for skipped in (0, 7):
+        clock = Clock()
+        progress = begin(clock, "distil")
+        progress.place.step = skipped
+        for step in steps(progress, [optimiser()], 1):
+            clock.now += 1
+            if step == 7:
+                drawn.append(torch.rand(3, generator=progress.generator))
+                break
+            torch.rand(5, generator=progress.generator)
+    assert torch.equal(*drawn)
+
+
+def test_every_image_is_seen_as_often_whatever_its_canvas() -> None:
+    images = [
+        RealImages(torch.empty(count, 3, side, side), torch.tensor([count])) for count, side in ((400, 32), (100, 64))
+    ]
+    progress, seen = begin(Clock(), "vae"), [0, 0]
+    for progress.place.step in range(2000):
+        canvas = pick(progress, images)
+        seen[canvas] += batch_for(1024, images[canvas].canvas, torch.device("cuda"))
+    assert seen[0] / 400 == pytest.approx(seen[1] / 100, rel=0.15)

@@ -1,0 +1,243 @@
+"""Train a one-step text-to-image model of SDXL-Turbo's layout on images of your own, in a given time.
+
+The story, top to bottom: the critic, a network like the evaluator's, learns to tell the classes apart; the VAE learns
+to keep what the critic sees in the images; the teacher, a UNet, and both text encoders learn to take noise away from
+latents, a little at a time; the teacher draws pairs of noise and sample in several steps each; the student, another
+UNet, learns to make the sample in the one step that the job takes, then samples that are as likely as the teacher's.
+
+    ./run.sh train my-classes.toml --data photographs --output outputs/my-model --budget 20m
+
+`OUTPUT/checkpoint` is the checkpoint, there from the teacher's first minute on; `OUTPUT/train.html` tells how it went,
+`OUTPUT/samples/` shows it, and `OUTPUT/state.pt` is what `--resume` goes on from.
+"""
+
+import argparse
+import copy
+import hashlib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import closing, nullcontext
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import psutil
+import torch
+import transformers
+from accelerate import PartialState
+from safetensors import SafetensorError
+
+from submission.arguments import Parser, add_device, exit_code_of, number_from, parse_seconds
+from submission.errors import BudgetError, OutputError, UsageError
+from submission.log import Log, default_style
+from submission.machine.device import choose_device
+from submission.machine.disk import claimed
+from submission.machine.limits import cores
+from submission.machine.memory import keep_freed_memory
+from submission.plan.budget import start_budget
+from submission.tasks import Task, load_task
+from tools.training import processes
+from tools.training.critic import load_critic, train_critic
+from tools.training.data import real_images
+from tools.training.diffusion import Teacher, noise_schedule, train_diffusion
+from tools.training.distil import Pairs, make_pairs, train_distil, train_match
+from tools.training.layout import TRAINED, UNET_WIDTHS, build_networks, canvas_for
+from tools.training.progress import (
+    DONE,
+    STAGES,
+    Progress,
+    begin_stage,
+    load_whole,
+    restore,
+    save_whole,
+    state_to_resume,
+)
+from tools.training.prompts import all_prompts, encode_prompts, prompts_of
+from tools.training.result import CHECKPOINT, PAGE, Subject, can_draw, publish, write_result
+from tools.training.vae import train_vae
+
+# Seconds that the training itself needs at least, when the images are read.
+LEAST_SECONDS = 30.0
+# Seconds that the end of the process takes.
+EXIT_SECONDS = 2.0
+# A file of the output.
+CRITIC = "critic.pt"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    options = build_parser().parse_args(arguments)
+    return exit_code_of(
+        lambda: run(options, list(sys.argv[2:] if arguments is None else arguments)), debug=options.debug
+    )
+
+
+def build_parser() -> Parser:
+    parser = Parser(
+        prog="./run.sh train",
+        description="Trains a one-step text-to-image model on your images, for the job to draw from with --model.",
+        epilog="examples:\n  ./run.sh train my-classes.toml --data photographs --output outputs/my-model --budget 20m\n"
+        "  ./run.sh my-classes.toml --model outputs/my-model/checkpoint\n\n"
+        "exit codes: 0 trained, or told to stop when there was something to keep; 2 usage; 3 too short a budget, or "
+        "stopped before anything could be drawn; 5 output cannot be written; 6 the images were refused",
+    )
+    add = parser.add_argument
+    add("tasks", nargs="+", metavar="TASK", help="as for the job: names of tasks, or .toml files")
+    add(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="training images, as evaluate reads test images: torchvision's cifar-100-python/, the unpacked "
+        "tiny-imagenet-200/, NAME_train.pt, or a folder per class, in train/, NAME/train/, NAME/ or beside each other",
+    )
+    add(
+        "--output", type=Path, required=True, metavar="DIR", help="gets checkpoint/, train.html, samples/ and the state"
+    )
+    add("--budget", default="15m", metavar="TIME", help="from the start of the process, as in 900, 900s or 15m")
+    add("--size", choices=tuple(UNET_WIDTHS), default="small", help="of the UNet: base has twice the weights")
+    add("--resume", action="store_true", help="go on from OUTPUT/state.pt where there is one")
+    add(
+        "--truth_dir",
+        type=Path,
+        metavar="DIR",
+        help="test images, which are not trained on (default: those that --data names as such)",
+    )
+    add("--seed", type=number_from(0), default=0, metavar="N", help="of all that is random")
+    add_device(parser)
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def run(options: argparse.Namespace, arguments: list[str]) -> None:
+    """Raises UsageError, BudgetError, InputFileError for the data, and OutputError for the folder."""
+    seconds = parse_seconds(options.budget)
+    tasks = sorted(map(load_task, options.tasks), key=lambda task: canvas_for(task.size))
+    if len({task.name for task in tasks}) < len(tasks):
+        raise UsageError(f"a task is named twice: {' '.join(options.tasks)}")
+    device = choose_device(options.device)
+    launched = "WORLD_SIZE" in os.environ
+    if device.type == "cuda" and torch.cuda.device_count() > 1 and not launched:
+        launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(torch.cuda.device_count())]
+        os.execv(sys.executable, [sys.executable, "-m", *launch, "-m", "tools", "train", *arguments])
+    state = PartialState(cpu=device.type == "cpu")
+    process = psutil.Process()
+    started = [process.create_time()] + [psutil.Process(process.ppid()).create_time()] * launched
+    try:
+        with claimed(options.output) if processes.is_first() else nullcontext():
+            train(options, tasks, state.device if launched else device, seconds, min(started))
+    except (OSError, SafetensorError) as error:  # not the data's: what reads them has an error of its own
+        raise OutputError(
+            f"cannot write to {options.output} ({getattr(error, 'strerror', None) or error}): make room and go on with "
+            "--resume, or choose another --output"
+        ) from error
+
+
+def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, seconds: float, began: float) -> None:
+    """All stages, or what is left of them, in `seconds` since `began`, a moment in Unix seconds.
+
+    Raises InputFileError for the data; BudgetError; OutputError and OSError for the folder.
+    """
+    words = all_prompts(tasks)
+    settings = {
+        "tasks": " ".join(task.name for task in tasks),
+        "words": hashlib.sha256("\n".join(words).encode()).hexdigest()[:8],  # of the prompts: a task's file may change
+        "size": options.size,
+        "seed": options.seed,
+        "device": device.type,
+        "processes": processes.count(),
+    }
+    state = state_to_resume(options.output, settings, resume=options.resume)
+    budget = start_budget(seconds, began - (state["elapsed"] if state else 0.0))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: budget.hurry())
+    keep_freed_memory()
+    torch.backends.cudnn.benchmark = True  # the steps of a stage have batches of a few shapes
+    torch.set_num_threads(min(cores(), torch.get_num_threads()))
+    with closing(Log(default_style() if processes.is_first() else "kept", budget)) as log:
+        images = real_images(options.data, options.truth_dir, tasks, options.output, device, log)
+        torch.manual_seed(options.seed)
+        networks = build_networks(words, options.size, images[-1].canvas)
+        trained = {name: getattr(networks, name) for name in TRAINED}
+        trained |= {name: copy.deepcopy(networks.unet) for name in ("teacher", "rival")}
+        for network in trained.values():
+            network.to(device)
+            if device.type == "cpu" and not isinstance(network, transformers.PreTrainedModel):
+                network.to(memory_format=torch.channels_last)  # about three times as fast in these narrow convolutions
+        progress = Progress(options.output, budget, log, trained, torch.Generator(device), settings)
+        restore(progress, state)
+        if not can_draw(progress) and budget.left < LEAST_SECONDS + progress.reserve:
+            left = max(0.0, budget.left)
+            raise BudgetError(f"{left:.0f} of {seconds:.0f} s are left to train in: give a longer --budget")
+        if state is None:
+            begin_stage(progress, STAGES[0])
+        subject = Subject(tasks, networks, prompts_of(networks, tasks, device), images)
+        follow(subject, progress)
+        if not can_draw(progress):
+            raise BudgetError("stopped before anything could be drawn: go on with --resume")
+        write_result(subject, progress)
+        told = shlex.join([*options.tasks, "--model", str(options.output / CHECKPOINT)])
+        log.say(f"{options.output / PAGE} tells how it went; draw with it: ./run.sh {told}")
+
+
+def follow(subject: Subject, progress: Progress) -> None:
+    """The stages, from where the training stands to the last, or until it is told to stop."""
+    networks, prompts, images = subject.networks, subject.prompts, subject.images
+    output, device = progress.output, progress.generator.device
+    teacher, rival = progress.networks["teacher"], progress.networks["rival"]
+
+    def show_teacher() -> None:
+        networks.unet.load_state_dict(teacher.state_dict())
+        publish(subject, progress)
+
+    while (stage := progress.place.stage) != DONE:
+        progress.log.say(f"{stage}: until {progress.place.until:.0f} s")
+        if stage == "critic":
+            if (weights := train_critic(progress, images)) is not None:
+                save_whole(weights, output / CRITIC)
+        elif stage == "vae":
+            train_vae(networks, load_critic(load_whole(output / CRITIC), device), progress, images)
+        elif stage == "diffusion":
+            train_diffusion(networks, teacher, progress, prompts, images, show_teacher)
+            for follower in (networks.unet, rival):
+                follower.load_state_dict(teacher.state_dict())
+        else:
+            follow_teacher(subject, progress)
+        if progress.stopped:
+            return
+        progress.journal.steps[stage] = progress.place.step
+        if stage == "diffusion":
+            began = progress.budget.elapsed
+            write_result(subject, progress)  # a page to look at, and how long the last one will take
+            progress.reserve = progress.budget.elapsed - began + EXIT_SECONDS
+        begin_stage(progress, (*STAGES, DONE)[STAGES.index(stage) + 1])
+
+
+def follow_teacher(subject: Subject, progress: Progress) -> None:
+    """The stages in which the student learns from the teacher."""
+    networks, prompts, images = subject.networks, subject.prompts, subject.images
+    device, stage = progress.generator.device, progress.place.stage
+    unet, rival = progress.networks["teacher"], progress.networks["rival"]
+    encoded = encode_prompts(networks, prompts)
+    teacher = Teacher(unet, noise_schedule(networks.scheduler, device), encoded, networks.scheduler.config)
+    show = partial(publish, subject, progress)
+    # A file for each process: they draw pairs of their own.
+    file = progress.output / f"pairs_{processes.number()}.pt"
+    if stage == "pairs":
+        if (pairs := make_pairs(teacher, progress, prompts, images)) is not None:
+            save_whole([vars(of_canvas) for of_canvas in pairs], file)
+    elif stage == "distil":
+        kept = [Pairs(**{name: part.to(device) for name, part in of_canvas.items()}) for of_canvas in load_whole(file)]
+        train_distil(networks, progress, encoded, kept, images, show)
+    else:
+        train_match(networks, teacher, rival, progress, prompts, images, show)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
