@@ -1,8 +1,9 @@
-"""Real test images in the forms that people have them in."""
+"""Real images in the forms that people have them in, to train on and to test on."""
 
 import hashlib
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from torchvision.datasets import CIFAR100
 
 from submission.dataset.dataset_file import mean_and_std
 from submission.errors import InputFileError
-from submission.tasks import load_task
-from tools.reading.real_images import find_test_images
+from submission.tasks import Task, load_task
+from tools.reading.real_images import find_test_images, find_test_images_beside, find_training_images
 
 CIFAR_TASK = load_task("cifar100")
 TINY_TASK = load_task("tinyimagenet")
@@ -38,7 +39,7 @@ def cifar_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     data = pixels(4, 32).transpose(0, 3, 1, 2).reshape(4, -1)
     names = [one.name for one in CIFAR_TASK.classes]
     for name, content in {
-        "train": {"data": data[:1], "fine_labels": [0]},
+        "train": {"data": data[:3], "fine_labels": [0, 41, 7]},
         "test": {"data": data, "fine_labels": [3, 99, 0, 41]},
         "meta": {"fine_label_names": names},
     }.items():
@@ -55,6 +56,23 @@ def test_cifar100_from_torchvision(cifar_folder: Path) -> None:
     torch.testing.assert_close(found.images, as_in_a_file(pixels(4, 32), "cifar100"))
     assert found.images.is_contiguous()
     assert found.labels.tolist() == [3, 99, 0, 41]
+
+
+def some_of(task: Task, *indices: int) -> Task:
+    """A task of some of its classes, in another order of labels."""
+    return replace(task, name="some", classes=tuple(replace(task.classes[i], index=n) for n, i in enumerate(indices)))
+
+
+def test_classes_of_cifar100_are_found_in_it(cifar_folder: Path) -> None:
+    """Also where the folder that is named is torchvision's own."""
+    task = some_of(CIFAR_TASK, 41, 3, 0)
+    found = find_test_images(cifar_folder / "cifar-100-python", task)
+    assert found.labels.tolist() == [1, 2, 0]
+    torch.testing.assert_close(found.images, as_in_a_file(pixels(4, 32)[[0, 2, 3]], "cifar100"))
+    training = find_training_images(cifar_folder, task, 32)
+    assert training.labels.tolist() == [2, 0]
+    assert torch.equal(training.pixels, torch.from_numpy(pixels(4, 32)[:2]).permute(0, 3, 1, 2))
+    assert find_training_images(cifar_folder, task, 64).pixels.shape == (2, 3, 64, 64)
 
 
 def test_the_organisers_file_comes_first(cifar_folder: Path) -> None:
@@ -98,6 +116,41 @@ def test_tiny_imagenet_unpacked(tiny_folder: Path) -> None:
     grey = colours[:1, :, :, :1].repeat(3, axis=3)
     torch.testing.assert_close(found.images, as_in_a_file(np.concatenate([colours, grey]), "tinyimagenet"))
     assert found.labels.tolist() == [7, 0, 199]
+
+
+def test_classes_of_tiny_imagenet_are_found_in_it(tiny_folder: Path) -> None:
+    where = tiny_folder / "tiny-imagenet-200"
+    (where / "wnids.txt").write_text("".join(f"{one.wnid}\n" for one in TINY_TASK.classes))
+    task = some_of(TINY_TASK, 199, 7)
+    assert find_test_images(tiny_folder, task).labels.tolist() == [1, 0]
+    for index, image in zip((7, 199, 5), pixels(3, 64), strict=True):
+        folder = where / "train" / str(TINY_TASK.classes[index].wnid) / "images"
+        folder.mkdir(parents=True)
+        Image.fromarray(image).save(folder / "0.JPEG", format="PNG")
+    training = find_training_images(where, task, 64)
+    assert training.labels.tolist() == [0, 1]
+    assert torch.equal(training.pixels, torch.from_numpy(pixels(3, 64)[[1, 0]]).permute(0, 3, 1, 2))
+
+
+def test_folders_of_parts_hold_one_part_each(tmp_path: Path) -> None:
+    """`train` is a class of CIFAR-100, too."""
+    task, images = some_of(CIFAR_TASK, 90, 0), pixels(6, 32)
+    for number, part in enumerate(("train", "test")):
+        for index, one in enumerate(task.classes):
+            (tmp_path / part / one.name).mkdir(parents=True)
+            Image.fromarray(images[2 * number + index]).save(tmp_path / part / one.name / "0.png")
+    found = find_training_images(tmp_path, task, 32)
+    assert torch.equal(found.pixels, torch.from_numpy(images[:2]).permute(0, 3, 1, 2))
+    torch.testing.assert_close(find_test_images(tmp_path, task).images, as_in_a_file(images[2:4], "cifar100"))
+    shutil.rmtree(tmp_path / "test")
+    assert find_test_images_beside(tmp_path, task, 32) is None
+    # Without parts, `train` is that class.
+    shutil.rmtree(tmp_path / "train")
+    for index, one in enumerate(task.classes):
+        (tmp_path / one.name).mkdir()
+        Image.fromarray(images[4 + index]).save(tmp_path / one.name / "0.png")
+    assert find_training_images(tmp_path, task, 32).labels.tolist() == [0, 1]
+    assert len(find_test_images(tmp_path, task).labels) == 2 and find_test_images_beside(tmp_path, task, 32) is None
 
 
 @pytest.mark.parametrize("inside", ["", "images"])
