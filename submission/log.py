@@ -35,6 +35,14 @@ class Status:
     planned_images: int
     images_per_second: float
 
+    @property
+    def done(self) -> float:
+        return self.images
+
+    @property
+    def planned(self) -> float:
+        return self.planned_images
+
     def __str__(self) -> str:
         return (
             f"round {self.rounds}/{self.planned_rounds}, IPC {self.ipc}/{self.planned_ipc}, "
@@ -43,15 +51,15 @@ class Status:
 
 
 class Shown(Protocol):
-    """What a line of progress shows: its words, and the images done of those planned. A dataclass, for JSON."""
+    """What a line of progress shows: its words, and how much is done of what is planned. A dataclass, for JSON."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def images(self) -> int: ...
+    def done(self) -> float: ...
 
     @property
-    def planned_images(self) -> int: ...
+    def planned(self) -> float: ...
 
 
 class Log:
@@ -106,9 +114,7 @@ class Log:
     def status(self, status: Shown) -> None:
         """Shows progress: at once on a terminal, every `LINE_SECONDS` in a log."""
         if self._bar:
-            self._bar.update(
-                self._row, completed=status.images, total=status.planned_images, figures=escape(str(status))
-            )
+            self._bar.update(self._row, completed=status.done, total=status.planned, figures=escape(str(status)))
         elif self.budget.elapsed - self._last_line >= LINE_SECONDS:
             self._last_line = self.budget.elapsed
             if self.style == "json":

@@ -407,11 +407,12 @@ def small_training() -> None:
     Its clock stands still but for a hundred seconds with every step: it repeats itself whatever the machine is at."""
     vars(critic).update(STEPS=2, PROBED=2)
     vars(vae).update(BATCH=4, NORMALISE_ON=4)
-    vars(progress).update(LOG_EVERY=1, SAVE_SECONDS=300.0, LEAST_BATCH=4)
+    vars(progress).update(LOG_EVERY=1, SAVE_SECONDS=300.0, LEAST_BATCH=4, WARM_UP=4)
+    vars(train).update(WARM_UP=4)
     vars(layout).update(UNET_WIDTHS={"small": (32, 32)})
     vars(diffusion).update(BATCH=4, SOLVER_STEPS=2)
     vars(distil).update(PAIRS=20, SOLVED_AT_ONCE=4, DISTIL_BATCH=4, MATCH_BATCH=4)
-    vars(result).update(COMPARED=8, SHOWN=4)
+    vars(result).update(CHECKED=8, SHOWN=4)
     vars(samples).update(SHEET_IMAGES=2)
     vars(result).update(SHEET_IMAGES=2)
     clock, seed_step = [0.0], progress.seed_step

@@ -19,7 +19,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -41,22 +41,26 @@ from submission.plan.budget import start_budget
 from submission.tasks import Task, load_task
 from tools.training import processes
 from tools.training.critic import load_critic, train_critic
-from tools.training.data import real_images
+from tools.training.data import Sources, real_images
 from tools.training.diffusion import Teacher, noise_schedule, train_diffusion
 from tools.training.distil import Pairs, make_pairs, train_distil, train_match
-from tools.training.layout import TRAINED, UNET_WIDTHS, build_networks, canvas_for
+from tools.training.layout import MAX_TOKENS, TRAINED, UNET_WIDTHS, build_networks, canvas_for
 from tools.training.progress import (
+    CHECKPOINT,
     DONE,
     STAGES,
+    WARM_UP,
     Progress,
+    StoppedError,
     begin_stage,
     load_whole,
     restore,
     save_whole,
     state_to_resume,
+    stop_if_told,
 )
 from tools.training.prompts import all_prompts, encode_prompts, prompts_of
-from tools.training.result import CHECKPOINT, PAGE, Subject, can_draw, publish, write_result
+from tools.training.result import PAGE, Subject, can_draw, publish, recover, write_result
 from tools.training.vae import train_vae
 
 # Seconds that the training itself needs at least, when the images are read.
@@ -65,6 +69,8 @@ LEAST_SECONDS = 30.0
 EXIT_SECONDS = 2.0
 # A file of the output.
 CRITIC = "critic.pt"
+# The environment of several processes says when the first was started, in Unix seconds.
+BEGAN = "BANKO_TRAINING_BEGAN"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,10 +78,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    options = build_parser().parse_args(arguments)
-    return exit_code_of(
-        lambda: run(options, list(sys.argv[2:] if arguments is None else arguments)), debug=options.debug
-    )
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    options = build_parser().parse_args(given)
+    return exit_code_of(lambda: run(options, given), debug=options.debug)
 
 
 def build_parser() -> Parser:
@@ -115,28 +120,33 @@ def build_parser() -> Parser:
     return parser
 
 
-def run(options: argparse.Namespace, arguments: list[str]) -> None:
-    """Raises UsageError, BudgetError, InputFileError for the data, and OutputError for the folder."""
+def run(options: argparse.Namespace, given: list[str]) -> int:
+    """Train in this process, or in one for each GPU; returns the exit code.
+
+    Raises UsageError, BudgetError, InputFileError for the data, and OutputError for the folder.
+    """
     seconds = parse_seconds(options.budget)
     tasks = sorted(map(load_task, options.tasks), key=lambda task: canvas_for(task.size))
     if len({task.name for task in tasks}) < len(tasks):
         raise UsageError(f"a task is named twice: {' '.join(options.tasks)}")
-    device = choose_device(options.device)
-    launched = "WORLD_SIZE" in os.environ
-    if device.type == "cuda" and torch.cuda.device_count() > 1 and not launched:
-        launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", str(torch.cuda.device_count())]
-        os.execv(sys.executable, [sys.executable, "-m", *launch, "-m", "tools", "train", *arguments])
-    state = PartialState(cpu=device.type == "cpu")
-    process = psutil.Process()
-    started = [process.create_time()] + [psutil.Process(process.ppid()).create_time()] * launched
+    began = float(os.environ.get(BEGAN, psutil.Process().create_time()))
+    if "RANK" in os.environ:  # one of several, of `run_together` or of another launcher
+        device = PartialState(cpu=options.device == "cpu").device
+    else:
+        device = choose_device(options.device)
+        if device.type == "cuda" and torch.cuda.device_count() > 1:
+            os.environ[BEGAN] = str(began)
+            return processes.run_together([sys.executable, "-m", "tools", "train", *given], torch.cuda.device_count())
+        PartialState(cpu=device.type == "cpu")
     try:
         with claimed(options.output) if processes.is_first() else nullcontext():
-            train(options, tasks, state.device if launched else device, seconds, min(started))
+            train(options, tasks, device, seconds, began)
     except (OSError, SafetensorError) as error:  # not the data's: what reads them has an error of its own
         raise OutputError(
             f"cannot write to {options.output} ({getattr(error, 'strerror', None) or error}): make room and go on with "
             "--resume, or choose another --output"
         ) from error
+    return 0
 
 
 def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, seconds: float, began: float) -> None:
@@ -146,22 +156,24 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
     """
     words = all_prompts(tasks)
     settings = {
-        "tasks": " ".join(task.name for task in tasks),
+        "tasks": ", ".join(f"{task.name} at {task.size} px" for task in tasks),
         "words": hashlib.sha256("\n".join(words).encode()).hexdigest()[:8],  # of the prompts: a task's file may change
         "size": options.size,
         "seed": options.seed,
         "device": device.type,
         "processes": processes.count(),
     }
+    recover(options.output)
     state = state_to_resume(options.output, settings, resume=options.resume)
     budget = start_budget(seconds, began - (state["elapsed"] if state else 0.0))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: budget.hurry())
     keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # the steps of a stage have batches of a few shapes
     torch.set_num_threads(min(cores(), torch.get_num_threads()))
     with closing(Log(default_style() if processes.is_first() else "kept", budget)) as log:
-        images = real_images(options.data, options.truth_dir, tasks, options.output, device, log)
+        with processes.first_before_others():
+            images = real_images(Sources(options.data, options.truth_dir, options.output), tasks, device, log)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: budget.hurry())
         torch.manual_seed(options.seed)
         networks = build_networks(words, options.size, images[-1].canvas)
         trained = {name: getattr(networks, name) for name in TRAINED}
@@ -177,17 +189,24 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
             raise BudgetError(f"{left:.0f} of {seconds:.0f} s are left to train in: give a longer --budget")
         if state is None:
             begin_stage(progress, STAGES[0])
-        subject = Subject(tasks, networks, prompts_of(networks, tasks, device), images)
-        follow(subject, progress)
+        elif progress.place.stage == DONE:
+            log.say("this training is finished: to train for longer, choose another --output")
+        if too_long := sum(len(networks.tokenizer(prompt).input_ids) > MAX_TOKENS for prompt in words):
+            log.warn(f"{too_long} prompts are longer than {MAX_TOKENS} tokens, and are cut there")
+        command = shlex.join(["./run.sh", *options.tasks, "--model", str(options.output / CHECKPOINT)])
+        subject = Subject(tasks, networks, prompts_of(networks, tasks, device), images, command)
+        with suppress(StoppedError):
+            follow(subject, progress)
         if not can_draw(progress):
             raise BudgetError("stopped before anything could be drawn: go on with --resume")
-        write_result(subject, progress)
-        told = shlex.join([*options.tasks, "--model", str(options.output / CHECKPOINT)])
-        log.say(f"{options.output / PAGE} tells how it went; draw with it: ./run.sh {told}")
+        if copies := write_result(subject, progress):
+            log.warn(copies)
+        log.say(f"{options.output / PAGE} tells how it went; to draw with it: {command}")
 
 
 def follow(subject: Subject, progress: Progress) -> None:
-    """The stages, from where the training stands to the last, or until it is told to stop."""
+    """The stages, from where the training stands to the last. Raises StoppedError, and BudgetError where the time did
+    not do for a teacher."""
     networks, prompts, images = subject.networks, subject.prompts, subject.images
     output, device = progress.output, progress.generator.device
     teacher, rival = progress.networks["teacher"], progress.networks["rival"]
@@ -198,25 +217,35 @@ def follow(subject: Subject, progress: Progress) -> None:
 
     while (stage := progress.place.stage) != DONE:
         progress.log.say(f"{stage}: until {progress.place.until:.0f} s")
-        if stage == "critic":
-            if (weights := train_critic(progress, images)) is not None:
-                save_whole(weights, output / CRITIC)
-        elif stage == "vae":
-            train_vae(networks, load_critic(load_whole(output / CRITIC), device), progress, images)
-        elif stage == "diffusion":
-            train_diffusion(networks, teacher, progress, prompts, images, show_teacher)
-            for follower in (networks.unet, rival):
-                follower.load_state_dict(teacher.state_dict())
-        else:
-            follow_teacher(subject, progress)
-        if progress.stopped:
-            return
-        progress.journal.steps[stage] = progress.place.step
+        with progress.log.phase(stage):
+            if stage == "critic":
+                weights = train_critic(progress, images)
+                if processes.is_first():
+                    save_whole(weights, output / CRITIC)
+            elif stage == "vae":
+                train_vae(networks, load_critic(load_whole(output / CRITIC), device), progress, images)
+            elif stage == "diffusion":
+                train_diffusion(networks, teacher, progress, prompts, images, show_teacher)
+                for follower in (networks.unet, rival):
+                    follower.load_state_dict(teacher.state_dict())
+            else:
+                follow_teacher(subject, progress)
+        stop_if_told(progress)
+        steps = progress.journal.steps[stage] = progress.place.step
         if stage == "diffusion":
+            if steps < WARM_UP:
+                raise BudgetError(
+                    f"in this time the teacher came to {steps} steps, and learnt nothing: give a longer --budget, and "
+                    "another --output"
+                )
             began = progress.budget.elapsed
             write_result(subject, progress)  # a page to look at, and how long the last one will take
             progress.reserve = progress.budget.elapsed - began + EXIT_SECONDS
+        elif not steps:
+            progress.log.warn(f"there was no time for the stage {stage!r}: give a longer --budget")
         begin_stage(progress, (*STAGES, DONE)[STAGES.index(stage) + 1])
+    for file in output.glob("pairs_*.pt"):
+        file.unlink(missing_ok=True)
 
 
 def follow_teacher(subject: Subject, progress: Progress) -> None:
@@ -230,8 +259,7 @@ def follow_teacher(subject: Subject, progress: Progress) -> None:
     # A file for each process: they draw pairs of their own.
     file = progress.output / f"pairs_{processes.number()}.pt"
     if stage == "pairs":
-        if (pairs := make_pairs(teacher, progress, prompts, images)) is not None:
-            save_whole([vars(of_canvas) for of_canvas in pairs], file)
+        save_whole([vars(of_canvas) for of_canvas in make_pairs(teacher, progress, prompts, images)], file)
     elif stage == "distil":
         kept = [Pairs(**{name: part.to(device) for name, part in of_canvas.items()}) for of_canvas in load_whole(file)]
         train_distil(networks, progress, encoded, kept, images, show)

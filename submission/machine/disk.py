@@ -130,14 +130,14 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes | memoryview) -> None:
     """Writes `path` whole or not at all. Raises OutputError."""
     scratch = unfinished(path)
     try:
         scratch.write_bytes(content)
         scratch.replace(path)
     except OSError as error:
-        raise cannot_write(path, error, len(content)) from error
+        raise cannot_write(path, error, memoryview(content).nbytes) from error
     finally:
         with suppress(OSError):
             scratch.unlink()

@@ -34,35 +34,33 @@ def find_test_images(folder: Path, task: Task) -> LabelledImages:
 
     Raises InputFileError where there is none of them, or what there is cannot be read.
     """
-    if (file := folder / f"{task.name}_test.pt").is_symlink() or file.exists():
+    if (file := _tensors(folder, task, "test")).is_symlink() or file.exists():
         return read_labelled(file, task, "val")
-    found = _find(folder, task, "test", task.size) or _of_no_part(folder, task, task.size)
-    return _normalised(_or_refuse(found, folder, task, "test"), task)
+    return _normalised(find_real_images(folder, task, "test", task.size), task)
 
 
-def find_training_images(folder: Path, task: Task, size: int) -> Pictures:
-    """The training set of the task at `size` pixels: the forms of `find_test_images` on their training side, which are
+def find_real_images(folder: Path, task: Task, part: Part, size: int) -> Pictures:
+    """The images of a part at `size` pixels, in the forms of `find_test_images`, or in these on their training side:
     `NAME_train.pt` (a dict of `images_train` and `labels_train`), `train` of torchvision's download and of
     Tiny-ImageNet, and folders per class in `NAME/train/`, `train/`, `NAME/` or the folder itself.
 
-    Raises InputFileError as `find_test_images` does.
+    Raises InputFileError as `find_test_images` does; OSError.
     """
-    if (file := folder / f"{task.name}_train.pt").is_symlink() or file.exists():
-        return as_pictures(read_labelled(file, task, "train"), task, size)
-    found = _find(folder, task, "train", size) or _of_no_part(folder, task, size)
-    return _or_refuse(found, folder, task, "train")
+    found = find_part(folder, task, part, size)
+    found = found or read_class_folders(folder / task.name, task, size) or read_class_folders(folder, task, size)
+    if found is None:
+        published = {"cifar100": f"{CIFAR100.base_folder}/, or ", "tinyimagenet": f"{TINY_IMAGENET}/, or "}
+        raise InputFileError(
+            f"{_tensors(folder, task, part)}: no such file, nor is there {published.get(task.name, '')}a folder "
+            f"per class, such as {folder / task.name / task.classes[0].name}"
+        )
+    return found
 
 
-def find_test_images_beside(folder: Path, task: Task, size: int) -> Pictures | None:
-    """The test images at `size` pixels where a folder of training images says which these are; None where it does not.
-    Raises InputFileError."""
-    if (file := folder / f"{task.name}_test.pt").exists():
-        return as_pictures(read_labelled(file, task, "val"), task, size)
-    return _find(folder, task, "test", size)
-
-
-def _find(folder: Path, task: Task, part: Part, size: int) -> Pictures | None:
-    """The images of a part, of the forms that say which part it is."""
+def find_part(folder: Path, task: Task, part: Part, size: int) -> Pictures | None:
+    """The same, but of the forms alone that say which part they are; None where there is none of them."""
+    if (file := _tensors(folder, task, part)).is_symlink() or file.exists():
+        return _as_pictures(read_labelled(file, task, "val" if part == "test" else "train"), task, size)
     of_cifar100 = {one.name for one in load_task("cifar100").classes}
     if (cifar := _inside(folder, CIFAR100.base_folder)) and of_cifar100.issuperset(one.name for one in task.classes):
         return _cifar100(cifar, task, part, size)
@@ -75,18 +73,8 @@ def _find(folder: Path, task: Task, part: Part, size: int) -> Pictures | None:
     return None
 
 
-def _of_no_part(folder: Path, task: Task, size: int) -> Pictures | None:
-    return read_class_folders(folder / task.name, task, size) or read_class_folders(folder, task, size)
-
-
-def _or_refuse(found: Pictures | None, folder: Path, task: Task, part: Part) -> Pictures:
-    if found is None:
-        published = {"cifar100": f"{CIFAR100.base_folder}/, or ", "tinyimagenet": f"{TINY_IMAGENET}/, or "}
-        raise InputFileError(
-            f"{folder / f'{task.name}_{part}.pt'}: no such file, nor is there {published.get(task.name, '')}a folder "
-            f"per class, such as {folder / task.name / task.classes[0].name}"
-        )
-    return found
+def _tensors(folder: Path, task: Task, part: Part) -> Path:
+    return folder / f"{task.name}_{part}.pt"
 
 
 def _inside(folder: Path, name: str) -> Path | None:
@@ -134,8 +122,11 @@ def resized(pixels: Tensor, size: int) -> Tensor:
     """uint8 images `[N, 3, h, w]` at `size` pixels, antialiased; as they are where they have that size."""
     if pixels.shape[-1] == size:
         return pixels.contiguous()
-    parts = torch.split(pixels, RESIZED_AT_ONCE)
-    return torch.cat([F.interpolate(part, (size, size), mode="bilinear", antialias=True) for part in parts])
+    parts = []
+    for part in torch.split(pixels, RESIZED_AT_ONCE):  # in floating point: on a GPU there is no other
+        smaller = F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
+        parts.append(smaller.round().clamp(0, 255).byte())
+    return torch.cat(parts)
 
 
 def _normalised(found: Pictures, task: Task) -> LabelledImages:
@@ -143,7 +134,7 @@ def _normalised(found: Pictures, task: Task) -> LabelledImages:
     return LabelledImages(found.pixels.float().div_(255).sub_(mean).div_(std), found.labels)
 
 
-def as_pictures(found: LabelledImages, task: Task, size: int) -> Pictures:
+def _as_pictures(found: LabelledImages, task: Task, size: int) -> Pictures:
     """Normalised images as the pixels that they were, at `size` pixels."""
     mean, std = mean_and_std(task)
     pixels = torch.cat(

@@ -1,5 +1,5 @@
-"""Whether a generator copies: how near its samples come to single training images, and how near real ones come that
-were not trained on."""
+"""Whether a generator copies: how near its samples come to single training images, and how near real images come to
+others."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,8 @@ from tools.reading.real_images import resized
 # Pixels of the side that images are compared at, and how many are held against memory at once.
 COMPARED_AT = 32
 AT_ONCE = 8192
-# Samples nearer to a training image than this share of held-out images are: of samples that are no copies, 0.01.
+# A sample counts as a copy that is nearer to a training image than this share of real images is: of those that are
+# none, 0.01 do.
 QUANTILE = 0.99
 # From this share of such samples on a generator is said to copy.
 COPIES = 0.1
@@ -50,9 +51,9 @@ def nearest(pictures: Tensor, training: Tensor, own: Tensor | None = None) -> Ne
     return Nearest(either, index.view(2, -1).gather(0, which[None])[0])
 
 
-def share_of_copies(samples: Nearest, held_out: Nearest) -> float:
-    """The share of samples that are nearer to a training image than QUANTILE of held-out images are."""
-    return (samples.likeness > held_out.likeness.quantile(QUANTILE)).float().mean().item()
+def share_of_copies(samples: Nearest, real: Nearest) -> float:
+    """The share of samples that are nearer to a training image than QUANTILE of real images are to another."""
+    return (samples.likeness > real.likeness.quantile(QUANTILE)).float().mean().item()
 
 
 def _standardised(pixels: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from tools.scoring.training import BATCH_SIZE, Measure, Schedule, train
 from tools.training import processes
 from tools.training.arithmetic import computing
 from tools.training.images import RealImages, to_unit
-from tools.training.progress import Pace, Progress, save
+from tools.training.progress import Pace, Progress, save, stop_if_told
 
 SIZE = 32  # pixels of the pictures it sees
 STEPS = 1000  # of SGD, at most; its accuracy on images of 300 classes still rises slowly then
@@ -30,26 +30,23 @@ PROBED = 4  # steps that tell how many the stage's time allows
 Critic = Callable[[Tensor], list[Tensor]]
 
 
-def train_critic(progress: Progress, images: Sequence[RealImages]) -> dict[str, Tensor] | None:
+def train_critic(progress: Progress, images: Sequence[RealImages]) -> dict[str, Tensor]:
     """Weights of a ConvNet that learnt the images, SIZE px wide, as the evaluator trains, in the stage's time, STEPS at
-    most; None where the training was told to stop meanwhile.
+    most. Raises StoppedError.
 
     Draws from torch's global generators, seeded by the training's seed, and leaves them as they were.
     """
     place, device = progress.place, progress.generator.device
     pixels = torch.cat([normalised(to_unit(resized(of_canvas.pixels, SIZE))).half() for of_canvas in images])
     labels = torch.cat([of_canvas.labels for of_canvas in images])
-    moments: list[float] = []
 
     def tell(step: int, measure: Measure) -> None:
         place.step = step
-        moments.append(progress.budget.elapsed)
-        progress.log.status(Pace(place, BATCH_SIZE, (0, place.began), moments[-1]))
-        if progress.stopped:
-            raise _StoppedError
+        progress.log.status(Pace(place, BATCH_SIZE, (0, place.began), progress.budget.elapsed))
+        stop_if_told(progress)
 
     def learn(steps: int) -> dict[str, Tensor]:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(progress.settings["seed"])
             network = ConvNet(int(labels.max()) + 1, SIZE).to(device)
 
@@ -62,20 +59,15 @@ def train_critic(progress: Progress, images: Sequence[RealImages]) -> dict[str, 
         weights: dict[str, Tensor] = network.state_dict()
         return weights
 
-    try:
-        if place.ends is None:
-            learn(PROBED)
-            pace = max((moments[-1] - moments[0]) / (PROBED - 1), 1e-9)
-            left = place.until - progress.budget.elapsed
-            place.ends = processes.agreed(min(STEPS, max(PROBED, int(left / pace))))
-            save(progress)
-        return learn(place.ends)
-    except _StoppedError:
-        return None
-
-
-class _StoppedError(Exception):
-    """The training was told to finish with what there is."""
+    if place.ends is None:
+        learn(1)  # allocates
+        began = progress.budget.elapsed
+        learn(PROBED)
+        pace = max((progress.budget.elapsed - began) / PROBED, 1e-9)
+        left = place.until - progress.budget.elapsed
+        place.ends = processes.agreed(min(STEPS, max(PROBED, int(left / pace))))
+        save(progress)
+    return learn(place.ends)
 
 
 def load_critic(weights: dict[str, Tensor], device: torch.device) -> Critic:

@@ -13,9 +13,19 @@ from tools.scoring.recorded import recorded
 from tools.training.arithmetic import computing
 from tools.training.images import RealImages
 from tools.training.layout import Conditioning, Networks, predict_v
-from tools.training.progress import Progress, batch_for, optimisers_of, pick, record, steps, update
+from tools.training.progress import (
+    Progress,
+    batch_for,
+    mean_batch,
+    optimisers_of,
+    pick,
+    record,
+    steps,
+    stop_if_told,
+    update,
+)
 from tools.training.prompts import Prompts, encode_rows
-from tools.training.vae import encode_images
+from tools.training.vae import ENCODED_AT_ONCE, encode_images
 
 BATCH = 1024
 RATE = 3e-3
@@ -66,7 +76,7 @@ def train_diffusion(
     on_save: Callable[[], None],
 ) -> None:
     """Train a teacher's UNet and both text encoders, for the stage's time, to predict v from the latents of images, and
-    of mirrored ones: a class is as likely to be seen so. A step is about one canvas."""
+    of mirrored ones: a class is as likely to be seen so. A step is about one canvas. Raises StoppedError."""
     device, generator = progress.generator.device, progress.generator
     schedule = noise_schedule(networks.scheduler, device)
     parameters, optimisers = optimisers_of(unet, RATE, networks.text_encoder, networks.text_encoder_2)
@@ -76,13 +86,10 @@ def train_diffusion(
             conditioning = encode_rows(networks, prompts, rows)
         return velocity_step(unet, schedule, clean, timesteps, noise, conditioning, optimisers, parameters)
 
-    latents = [
-        torch.cat([encode_images(networks.vae, pixels) for pixels in (of_canvas.pixels, of_canvas.pixels.flip(-1))])
-        for of_canvas in images
-    ]
+    latents = [_latents(networks.vae, of_canvas, progress) for of_canvas in images]
     labels = [of_canvas.labels.repeat(2) for of_canvas in images]
     run = [recorded(learn, device) for _ in images]  # one each: their shapes differ
-    for _ in steps(progress, optimisers, batch_for(BATCH, images[0].canvas, device), on_save):
+    for _ in steps(progress, optimisers, mean_batch(BATCH, images, device), on_save):
         canvas = pick(progress, images)
         batch = batch_for(BATCH, images[canvas].canvas, device)
         chosen = torch.randint(len(labels[canvas]), (batch,), device=device, generator=generator)
@@ -93,6 +100,16 @@ def train_diffusion(
         timesteps = torch.randint(len(schedule.alphas), (batch,), device=device, generator=generator)
         noise = torch.randn(clean.shape, device=device, generator=generator)
         record(progress, v=run[canvas](clean, rows, timesteps, noise))
+
+
+def _latents(vae: Any, images: RealImages, progress: Progress) -> Tensor:
+    """Those of all images, and of all images mirrored."""
+    parts = []
+    for pixels in (images.pixels, images.pixels.flip(-1)):
+        for part in torch.split(pixels, ENCODED_AT_ONCE):
+            stop_if_told(progress)
+            parts.append(encode_images(vae, part))
+    return torch.cat(parts)
 
 
 def velocity_step(

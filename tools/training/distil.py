@@ -14,10 +14,23 @@ import torch
 from torch import Tensor
 
 from tools.scoring.recorded import recorded
+from tools.training import processes
 from tools.training.diffusion import Teacher, denoise, denoise_guided, solver_of, velocity_step
 from tools.training.images import RealImages
 from tools.training.layout import Conditioning, Networks, latent_shape, one_step_latents
-from tools.training.progress import Pace, Progress, batch_for, optimisers_of, pick, record, seed_step, steps, update
+from tools.training.progress import (
+    Pace,
+    Progress,
+    batch_for,
+    mean_batch,
+    optimisers_of,
+    pick,
+    record,
+    seed_step,
+    steps,
+    stop_if_told,
+    update,
+)
 from tools.training.prompts import Prompts
 
 PAIRS = 200_000  # of noise and sample, at most
@@ -44,23 +57,22 @@ class Pairs:
     rows: Tensor
 
 
-def make_pairs(
-    teacher: Teacher, progress: Progress, prompts: Prompts, images: Sequence[RealImages]
-) -> list[Pairs] | None:
+def make_pairs(teacher: Teacher, progress: Progress, prompts: Prompts, images: Sequence[RealImages]) -> list[Pairs]:
     """What the teacher makes of noise, for prompts at random, in the stage's time, PAIRS at most: of every canvas as
-    many as it has a share of the images. None where the training was told to stop meanwhile."""
+    many as it has a share of the images. Raises StoppedError."""
     place, generator = progress.place, progress.generator
     solve = [solver_of(teacher) for _ in images]  # one each: their shapes differ
     made: list[list[Pairs]] = [[] for _ in images]
+    place.step = 0
     while True:
         counts = [sum(len(part.rows) for part in done) for done in made]
         # The canvas that is most behind.
         canvas = min(range(len(images)), key=lambda c: counts[c] / len(images[c].pixels))
-        if progress.stopped:
-            return None
-        if counts[canvas] and (sum(counts) >= PAIRS or progress.budget.elapsed >= place.until):
+        stop_if_told(progress)
+        late = processes.agreed(progress.budget.elapsed >= place.until)
+        if counts[canvas] and (late or sum(counts) >= PAIRS):
             break
-        seed_step(progress, place.step)
+        seed_step(progress, place.step, processes.number())
         count = batch_for(SOLVED_AT_ONCE, images[canvas].canvas, generator.device)
         rows = prompts.draw(images[canvas], count, generator)
         noise = torch.randn(count, *latent_shape(images[canvas].canvas), device=generator.device, generator=generator)
@@ -92,7 +104,7 @@ def train_distil(
         return loss.detach()
 
     run = [recorded(learn, device) for _ in images]
-    for _ in steps(progress, optimisers, batch_for(DISTIL_BATCH, images[0].canvas, device), on_save):
+    for _ in steps(progress, optimisers, mean_batch(DISTIL_BATCH, images, device), on_save):
         canvas = pick(progress, images)
         known, batch = pairs[canvas], batch_for(DISTIL_BATCH, images[canvas].canvas, device)
         chosen = torch.randint(len(known.rows), (batch,), device=device, generator=generator)
@@ -140,7 +152,7 @@ def train_match(
 
     run = [recorded(learn, device) for _ in images]
     run_rival = [recorded(learn_rival, device) for _ in images]
-    batch = batch_for(MATCH_BATCH, images[0].canvas, device)
+    batch = mean_batch(MATCH_BATCH, images, device)
     for _ in steps(progress, [*student_optimisers, *rival_optimisers], batch, on_save):
         canvas = pick(progress, images)
         for _ in range(RIVAL_STEPS):

@@ -1,6 +1,5 @@
 """The real images, those of one canvas together: what every part of the training draws from."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +32,6 @@ class RealImages:
         """How often a step is about these: batches are the smaller the larger a canvas is, so that with this every
         image of all canvases is seen as often."""
         return float(len(self.pixels) * self.canvas**2)
-
-    def by_class(self) -> Sequence[Tensor]:
-        """The pixels of each class."""
-        return torch.split(self.pixels, self.counts.tolist())
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """So many images at random, mirrored by a coin: float32 in -1..1, `[count, 3, s, s]`."""

@@ -25,24 +25,31 @@ SHOWN = {
 
 
 def render(
-    facts: Mapping[str, Any], lines: Sequence[str], sheets: Mapping[str, Mapping[str, bytes]], copies: Sequence[Tensor]
+    facts: Mapping[str, Any],
+    command: str,
+    lines: Sequence[str],
+    sheets: Mapping[str, Mapping[str, bytes]],
+    copies: Sequence[Tensor],
 ) -> str:
     """The page as HTML.
 
     Args:
         facts: what `training.json` says.
+        command: what draws with it.
         lines: those of the log.
-        sheets: PNG files by stage and task's title.
+        sheets: PNG files by stage and task.
         copies: of each canvas samples with the training images nearest to them, uint8 `[n, 2, 3, s, s]`.
     """
     environment = report.templates(Path(__file__).parent, Path(report.__file__).parent)
     return environment.get_template(TEMPLATE).render(
         facts=facts,
-        copies=facts["copying"]["nearer_than_99_percent_of_held_out"] >= COPIES,
+        command=command,
+        copies=facts["copying"]["share_of_copies"] >= COPIES,
         curves=loss_curves(lines),
         sheets={
-            stage: {title: "data:image/png;base64," + base64.b64encode(png).decode() for title, png in of_stage.items()}
+            stage: {task: "data:image/png;base64," + base64.b64encode(png).decode() for task, png in of_stage.items()}
             for stage, of_stage in sheets.items()
+            if of_stage
         },
         # The samples in the upper row, the images below.
         nearest=[report.picture(pairs.transpose(0, 1).float().div(255).numpy()) for pairs in copies],

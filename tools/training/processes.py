@@ -1,13 +1,22 @@
-"""One training on several devices, a process for each, as accelerate launches them: equal networks, batches of their
-own, gradients that are averaged. Where there is one process, nothing here does anything."""
+"""One training on several devices, a process for each: equal networks, batches of their own, gradients that accelerate
+averages. Where there is one process, nothing here does anything."""
 
+import os
+import signal
+import socket
+import subprocess
+import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
+
+# Seconds that the other processes have left when one has failed, to say so themselves.
+PATIENCE = 3.0
 
 
 def is_first() -> bool:
@@ -23,6 +32,12 @@ def number() -> int:
 def count() -> int:
     """How many processes train."""
     return int(PartialState().num_processes)
+
+
+def first_before_others() -> AbstractContextManager[None]:
+    """A context that the first process leaves before the others enter it."""
+    context: AbstractContextManager[None] = PartialState().main_process_first()
+    return context
 
 
 def agreed(value: Any) -> Any:
@@ -43,3 +58,30 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
     parts = torch.split(together, [gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def run_together(command: Sequence[str], processes: int) -> int:
+    """Runs a command in so many processes of this machine, which find each other as torchrun's do; returns the exit
+    code of the first that fails, or 0. Signals to finish are passed on; where one fails, the others are ended."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(processes)
+    ]
+
+    def tell(number: int) -> None:
+        for process in started:
+            process.send_signal(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: tell(number))
+    while None in (codes := [process.poll() for process in started]):
+        if failed := [code for code in codes if code]:
+            time.sleep(PATIENCE)
+            tell(signal.SIGKILL)  # they would wait for it for ever
+            return failed[0]
+        time.sleep(0.1)
+    return next((code for code in codes if code), 0)

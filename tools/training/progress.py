@@ -5,6 +5,7 @@ import io
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from operator import mul
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from submission.errors import OutputError, first_line
 from submission.log import Log
+from submission.machine.disk import write_whole
 from submission.plan.budget import Budget
 from tools.training import processes
 from tools.training.images import RealImages
@@ -24,7 +26,7 @@ from tools.training.muon import Muon
 SHARES = {"critic": 0.03, "vae": 0.07, "diffusion": 0.52, "pairs": 0.1, "distil": 0.13, "match": 0.15}
 STAGES = tuple(SHARES)
 DONE = "done"
-STATE, LOG = "state.pt", "training.log"  # files of the output
+STATE, LOG, CHECKPOINT = "state.pt", "training.log", "checkpoint"  # in the output
 
 WARM_UP = 20  # steps in which the rates rise
 STEADY = 0.7  # share of a stage in which the rates stay; then they fall to nothing
@@ -35,19 +37,20 @@ SAVE_SECONDS = 60.0  # between saves of the state, the most that a kill loses
 CLIP_NORM = 1.0
 LOG_EVERY = 10  # steps that a line of the log is the mean of
 ADAMS_SHARE = 1 / 3  # of the rate, for what Muon does not take: text encoders, biases and norms
-# Of the batches that suit a GPU a CPU takes a fourth: more steps in the same time.
-CPU_BATCHES = 4
+# Of the batches that suit a GPU a CPU takes a fourth, for more steps in the same time; and so many images at least.
+LESS_ON_A_CPU = 4
 LEAST_BATCH = 8
 
 
 @dataclass
 class Journal:
-    """The lines of the log, the losses of steps that are not in it yet, scalars on the device, and the steps of each
-    stage that is over."""
+    """The lines of the log, the losses of steps that are not in it yet, scalars on the device, the steps of each stage
+    that is over, and what was last found about copying."""
 
     lines: list[str] = field(default_factory=list)
     unlogged: list[dict[str, Tensor]] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
+    copying: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -86,6 +89,16 @@ class Progress:
         return self.budget.hurried
 
 
+class StoppedError(Exception):
+    """The training was told to finish with what there is, in the middle of something that is of no use unfinished."""
+
+
+def stop_if_told(progress: Progress) -> None:
+    """Raises StoppedError where the training was told to stop."""
+    if processes.agreed(progress.stopped):
+        raise StoppedError
+
+
 def state_to_resume(output: Path, settings: dict[str, Any], *, resume: bool) -> dict[str, Any] | None:
     """What an earlier start of this training left in its folder, which is made; None where there is nothing yet.
 
@@ -94,6 +107,8 @@ def state_to_resume(output: Path, settings: dict[str, Any], *, resume: bool) -> 
     kept = output / STATE
     output.mkdir(parents=True, exist_ok=True)
     if not kept.exists():
+        if (output / CHECKPOINT).exists():
+            raise OutputError(f"{output / CHECKPOINT} is there, of no training to go on with: choose another --output")
         return None
     if not resume:
         raise OutputError(f"{kept} is there from another training: go on with --resume, or choose another --output")
@@ -112,6 +127,8 @@ def restore(progress: Progress, state: dict[str, Any] | None) -> None:
             network.load_state_dict(state["networks"][name])
         progress.place, progress.journal = Place(**state["place"]), Journal(**state["journal"])
         progress.optimisers, progress.reserve = state["optimisers"], state["reserve"]
+        # The budget may be another one.
+        progress.place.until = min(progress.place.until, progress.budget.seconds - progress.reserve)
     if processes.is_first():
         (progress.output / LOG).write_text("".join(line + "\n" for line in progress.journal.lines))
 
@@ -130,41 +147,46 @@ def begin_stage(progress: Progress, stage: str) -> None:
 def steps(
     progress: Progress,
     optimisers: Sequence[torch.optim.Optimizer],
-    batch: int,
+    batch: float,
     on_save: Callable[[], None] = lambda: None,
 ) -> Iterator[int]:
     """Numbers of the steps that the stage's time allows, the learning rates set and the generator seeded before each,
-    the state saved after some. `batch` images are what a step takes.
+    the state saved after some, and then what `on_save` does. `batch` images are what a step takes on average.
 
     The rates rise over WARM_UP steps to what the optimisers were made with, and stay. When STEADY of the time is over,
-    the pace so far says how many steps more there will be, and over these the rates fall to nothing: so that no more
-    than the rest of the stage depends on a guess, and what came before on none.
+    the pace so far says how many steps more there will be, and over these the rates fall to nothing: only the rest of
+    the stage depends on a guess.
     """
     place, budget = progress.place, progress.budget
-    rates = [[group["lr"].item() for group in optimiser.param_groups] for optimiser in optimisers]
+    tensors = [[group["lr"] for group in optimiser.param_groups] for optimiser in optimisers]
+    rates = [[rate.item() for rate in of_optimiser] for of_optimiser in tensors]
     if progress.optimisers is not None:
-        for optimiser, state in zip(optimisers, progress.optimisers, strict=True):
+        for optimiser, state, of_optimiser in zip(optimisers, progress.optimisers, tensors, strict=True):
             optimiser.load_state_dict(state)
+            for group, rate in zip(optimiser.param_groups, of_optimiser, strict=True):
+                group["lr"] = rate  # on the device, where a recorded step reads it
     first, settled, saved = place.step, (place.step, budget.elapsed), budget.elapsed
     every = CHECKED_EVERY if processes.count() > 1 else 1
-    while True:
+    while place.ends is None or place.step < place.ends:
         if place.step % every == 0:
-            if place.ends is None and processes.agreed(_share_over(progress) >= STEADY):
-                place.falls, place.ends = place.step, processes.agreed(place.step + _steps_left(progress, settled))
-                saved = -SAVE_SECONDS
             if processes.agreed(_is_over(progress)):
                 break
+            if place.ends is None and place.step > settled[0] and processes.agreed(_share_over(progress) >= STEADY):
+                place.falls, place.ends = place.step, processes.agreed(place.step + _steps_left(progress, settled))
+                saved = -SAVE_SECONDS
+                continue
         _set_rates(optimisers, rates, place)
-        seed_step(progress, place.step)
+        seed_step(progress, place.step, processes.number())
         yield place.step
         place.step += 1
         if place.step - first == SETTLED:
             settled = (place.step, budget.elapsed)
-        progress.log.status(Pace(place, batch, settled, budget.elapsed))
+        progress.log.status(Pace(place, batch, settled, budget.elapsed, progress.journal.lines[-1:]))
         if budget.elapsed - saved >= SAVE_SECONDS:
             progress.optimisers = [optimiser.state_dict() for optimiser in optimisers]
             save(progress)
-            on_save()
+            if place.until - budget.elapsed > progress.reserve:  # what is shown takes time, and soon there is more
+                on_save()
             saved = budget.elapsed
     progress.optimisers = [optimiser.state_dict() for optimiser in optimisers]
     save(progress)
@@ -179,19 +201,14 @@ def _share_over(progress: Progress) -> float:
 def _steps_left(progress: Progress, settled: tuple[int, float]) -> int:
     """Steps that the rest of the stage's time allows, at the pace since the step and moment of `settled`."""
     place, now = progress.place, progress.budget.elapsed
-    step, since = settled if place.step > settled[0] else (0, place.began)
-    return int((place.until - now) * (place.step - step) / max(now - since, 1e-9))
+    return int((place.until - now) * (place.step - settled[0]) / max(now - settled[1], 1e-9))
 
 
 def _is_over(progress: Progress) -> bool:
-    """Whether the stage ends here: its steps are done, it is late, or the training was told to stop."""
-    place = progress.place
-    late = min(
-        place.until + OVERRUN * (place.until - place.began),
-        max(place.until, progress.budget.seconds - progress.reserve),
-    )
-    done = place.ends is not None and place.step >= place.ends
-    return progress.stopped or done or progress.budget.elapsed > late
+    """Whether the stage ends before its steps are done: it is late, or the training was told to stop."""
+    place, end = progress.place, progress.budget.seconds - progress.reserve
+    late = min(place.until + OVERRUN * (place.until - place.began), max(place.until, end))
+    return progress.stopped or progress.budget.elapsed > late
 
 
 def _set_rates(optimisers: Sequence[torch.optim.Optimizer], rates: Sequence[Sequence[float]], place: Place) -> None:
@@ -205,20 +222,22 @@ def _set_rates(optimisers: Sequence[torch.optim.Optimizer], rates: Sequence[Sequ
 
 @dataclass(frozen=True)
 class Pace:
-    """What a line of progress says of a stage."""
+    """What a line of progress says of a stage, which is shown to be over by its seconds: the pace since the step and
+    moment of `settled`, and the losses in the last of `lines`."""
 
     place: Place
-    batch: int
+    batch: float
     settled: tuple[int, float]
     now: float
+    lines: Sequence[str] = ()
 
     @property
-    def images(self) -> int:
-        return round(100 * (self.now - self.place.began))
+    def done(self) -> float:
+        return self.now - self.place.began
 
     @property
-    def planned_images(self) -> int:
-        return round(100 * (self.place.until - self.place.began))
+    def planned(self) -> float:
+        return self.place.until - self.place.began
 
     def __str__(self) -> str:
         steps, seconds = self.place.step - self.settled[0], self.now - self.settled[1]
@@ -228,9 +247,9 @@ class Pace:
         )
 
 
-def seed_step(progress: Progress, step: int) -> None:
-    """Seed the generator for a step, so that what chance decides in it depends on nothing that came before."""
-    progress.generator.manual_seed(_seed(progress, step, processes.number()))
+def seed_step(progress: Progress, step: int, process: int) -> None:
+    """Seed the generator for a step in a process, so that what chance decides depends on nothing that came before."""
+    progress.generator.manual_seed(_seed(progress, step, process))
 
 
 def pick(progress: Progress, images: Sequence[RealImages]) -> int:
@@ -246,8 +265,16 @@ def _seed(progress: Progress, *of: object) -> int:
 
 def batch_for(batch: int, canvas: int, device: torch.device) -> int:
     """How many images of a canvas a step takes: `batch` is what suits a GPU at the smallest canvas."""
-    share = CPU_BATCHES if device.type == "cpu" else 1
-    return max(LEAST_BATCH, batch * 32**2 // (share * canvas**2))
+    less = LESS_ON_A_CPU if device.type == "cpu" else 1
+    return max(LEAST_BATCH, batch * 32**2 // (less * canvas**2))
+
+
+def mean_batch(batch: int, images: Sequence[RealImages], device: torch.device) -> float:
+    """How many images a step takes on average, over the canvases that steps are about."""
+    weights = [of_canvas.weight for of_canvas in images]
+    batches = [batch_for(batch, of_canvas.canvas, device) for of_canvas in images]
+    total: float = sum(map(mul, weights, batches))
+    return total / sum(weights)
 
 
 def adam(parameters: Sequence[Tensor], rate: float) -> torch.optim.AdamW:
@@ -318,12 +345,10 @@ def save(progress: Progress) -> None:
 
 
 def save_whole(value: Any, path: Path) -> None:
-    """Save beside the place and move in: a kill leaves what was there before, or the whole of the new."""
-    unfinished = path.with_name(path.name + ".part")
+    """Save so that a kill leaves what was there before, or the whole of the new. Raises OutputError."""
     whole = io.BytesIO()
     torch.save(value, whole)  # not to the disk: of a full one torch would say that a position is unexpected
-    unfinished.write_bytes(whole.getbuffer())
-    unfinished.replace(path)
+    write_whole(path, whole.getbuffer())
 
 
 def load_whole(path: Path) -> Any:

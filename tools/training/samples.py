@@ -1,7 +1,7 @@
 """What the student draws: pictures of classes, and sheets of them for people."""
 
+import io
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ def shown_classes(classes: int) -> Sequence[int]:
     )
 
 
-def write_sheet(pictures: Tensor, path: Path) -> None:
+def sheet_of_pictures(pictures: Tensor) -> bytes:
     """A PNG of pictures, uint8 `[classes * SHEET_IMAGES, 3, s, s]`: classes down, pictures of each across."""
-    path.parent.mkdir(exist_ok=True)
-    save_image(pictures.float() / 255, path, nrow=SHEET_IMAGES, padding=0)
+    file = io.BytesIO()
+    save_image(pictures.float() / 255, file, "PNG", nrow=SHEET_IMAGES, padding=0)
+    return file.getvalue()

@@ -11,7 +11,7 @@ from tools.training.arithmetic import computing
 from tools.training.critic import Critic, difference
 from tools.training.images import RealImages, to_unit
 from tools.training.layout import LATENT_SCALE, Networks, latent_shape
-from tools.training.progress import Progress, adam, batch_for, pick, record, seed_step, steps, update
+from tools.training.progress import Progress, adam, batch_for, mean_batch, pick, record, seed_step, steps, update
 
 BATCH = 128
 RATE = 5e-4  # a fourth of what suits weights that have learnt nothing yet
@@ -41,14 +41,14 @@ def train_vae(networks: Networks, critic: Critic, progress: Progress, images: Se
         return error.detach(), seen.detach(), kl.detach(), decibels.detach()
 
     run = [recorded(learn, device) for _ in images]  # one each: their shapes differ
-    for _ in steps(progress, optimisers, batch_for(BATCH, images[0].canvas, device)):
+    for _ in steps(progress, optimisers, mean_batch(BATCH, images, device)):
         canvas = pick(progress, images)
         count = batch_for(BATCH, images[canvas].canvas, device)
         batch = images[canvas].draw(count, generator)
         noise = torch.randn(count, *latent_shape(images[canvas].canvas), device=device, generator=generator)
         record(progress, **dict(zip(("loss", "seen", "kl", "psnr"), run[canvas](batch, noise), strict=True)))
     if progress.place.step:
-        seed_step(progress, progress.place.step)
+        seed_step(progress, progress.place.step, process=0)  # the same images in all of them
         normalise_latents(vae, [of_canvas.draw(NORMALISE_ON, generator) for of_canvas in images])
 
 

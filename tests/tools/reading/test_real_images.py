@@ -16,7 +16,7 @@ from torchvision.datasets import CIFAR100
 from submission.dataset.dataset_file import mean_and_std
 from submission.errors import InputFileError
 from submission.tasks import Task, load_task
-from tools.reading.real_images import find_test_images, find_test_images_beside, find_training_images
+from tools.reading.real_images import find_part, find_real_images, find_test_images
 
 CIFAR_TASK = load_task("cifar100")
 TINY_TASK = load_task("tinyimagenet")
@@ -69,10 +69,10 @@ def test_classes_of_cifar100_are_found_in_it(cifar_folder: Path) -> None:
     found = find_test_images(cifar_folder / "cifar-100-python", task)
     assert found.labels.tolist() == [1, 2, 0]
     torch.testing.assert_close(found.images, as_in_a_file(pixels(4, 32)[[0, 2, 3]], "cifar100"))
-    training = find_training_images(cifar_folder, task, 32)
+    training = find_real_images(cifar_folder, task, "train", 32)
     assert training.labels.tolist() == [2, 0]
     assert torch.equal(training.pixels, torch.from_numpy(pixels(4, 32)[:2]).permute(0, 3, 1, 2))
-    assert find_training_images(cifar_folder, task, 64).pixels.shape == (2, 3, 64, 64)
+    assert find_real_images(cifar_folder, task, "train", 64).pixels.shape == (2, 3, 64, 64)
 
 
 def test_the_organisers_file_comes_first(cifar_folder: Path) -> None:
@@ -127,7 +127,7 @@ def test_classes_of_tiny_imagenet_are_found_in_it(tiny_folder: Path) -> None:
         folder = where / "train" / str(TINY_TASK.classes[index].wnid) / "images"
         folder.mkdir(parents=True)
         Image.fromarray(image).save(folder / "0.JPEG", format="PNG")
-    training = find_training_images(where, task, 64)
+    training = find_real_images(where, task, "train", 64)
     assert training.labels.tolist() == [0, 1]
     assert torch.equal(training.pixels, torch.from_numpy(pixels(3, 64)[[1, 0]]).permute(0, 3, 1, 2))
 
@@ -139,18 +139,18 @@ def test_folders_of_parts_hold_one_part_each(tmp_path: Path) -> None:
         for index, one in enumerate(task.classes):
             (tmp_path / part / one.name).mkdir(parents=True)
             Image.fromarray(images[2 * number + index]).save(tmp_path / part / one.name / "0.png")
-    found = find_training_images(tmp_path, task, 32)
+    found = find_real_images(tmp_path, task, "train", 32)
     assert torch.equal(found.pixels, torch.from_numpy(images[:2]).permute(0, 3, 1, 2))
     torch.testing.assert_close(find_test_images(tmp_path, task).images, as_in_a_file(images[2:4], "cifar100"))
     shutil.rmtree(tmp_path / "test")
-    assert find_test_images_beside(tmp_path, task, 32) is None
+    assert find_part(tmp_path, task, "test", 32) is None
     # Without parts, `train` is that class.
     shutil.rmtree(tmp_path / "train")
     for index, one in enumerate(task.classes):
         (tmp_path / one.name).mkdir()
         Image.fromarray(images[4 + index]).save(tmp_path / one.name / "0.png")
-    assert find_training_images(tmp_path, task, 32).labels.tolist() == [0, 1]
-    assert len(find_test_images(tmp_path, task).labels) == 2 and find_test_images_beside(tmp_path, task, 32) is None
+    assert find_real_images(tmp_path, task, "train", 32).labels.tolist() == [0, 1]
+    assert len(find_test_images(tmp_path, task).labels) == 2 and find_part(tmp_path, task, "test", 32) is None
 
 
 @pytest.mark.parametrize("inside", ["", "images"])

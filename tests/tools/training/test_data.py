@@ -14,7 +14,7 @@ from submission.log import Log
 from submission.plan.budget import Budget
 from submission.tasks import Task, load_task
 from tools.training import data as module
-from tools.training.data import real_images
+from tools.training.data import Sources, real_images
 from tools.training.images import RealImages
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def log() -> Log:
 def read(folder: Path, *tasks: Task, truth: Path | None = None, to: Log | None = None) -> list[RealImages]:
     output = folder.parent / "out"
     output.mkdir(exist_ok=True)
-    return real_images(folder, truth, tasks, output, CPU, to or log())
+    return real_images(Sources(folder, truth, output), tasks, CPU, to or log())
 
 
 def test_images_are_read_class_after_class(folder: Path, task: Task) -> None:
@@ -64,10 +64,40 @@ def test_tasks_of_one_canvas_stand_together(folder: Path, task: Task) -> None:
     assert second.labels.tolist() == [4, 4, 4, 5, 5, 5]
 
 
+def test_what_was_kept_is_read_anew_where_it_is_damaged_or_of_another_task(folder: Path, task: Task) -> None:
+    before = read(folder, task)[0]
+    kept = folder.parent / "out" / "images_two.pt"
+    for content in (b"x", b""):
+        kept.write_bytes(content)
+        assert torch.equal(read(folder, task)[0].pixels, before.pixels)
+    torch.save([1], kept)
+    assert torch.equal(read(folder, task)[0].pixels, before.pixels)
+    swapped = replace(task, classes=tuple(replace(one, index=1 - one.index) for one in reversed(task.classes)))
+    assert torch.equal(read(folder, swapped)[0].pixels, before.pixels.roll(EACH, 0))
+
+
+def test_what_is_written_beside_the_images_is_none_of_them(
+    folder: Path, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "out").mkdir()
+    sources = Sources(folder, None, folder / "out")
+    real_images(sources, [task], CPU, log())
+    (folder / "out" / "state.pt").touch()
+    monkeypatch.setattr(module, "find_part", lambda *_: pytest.fail("read again"))
+    real_images(sources, [task], CPU, log())
+
+
+def test_images_that_may_not_be_read_are_said(folder: Path, task: Task) -> None:
+    with pytest.raises(InputFileError, match="no such file"):
+        read(folder.parent / "nowhere", task)
+    with pytest.raises(InputFileError, match=r"0\.png"):
+        read(folder / "train" / task.classes[0].name / "0.png", task)
+
+
 def test_what_was_read_is_kept_until_a_file_changes(folder: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read(folder, task)
     with monkeypatch.context() as patch:
-        patch.setattr(module, "find_training_images", lambda *_: pytest.fail("read again"))
+        patch.setattr(module, "find_part", lambda *_: pytest.fail("read again"))
         assert torch.equal(read(folder, task)[0].pixels, before[0].pixels)
     Image.new("RGB", (32, 32), "red").save(folder / "train" / task.classes[0].name / "9.png")
     assert read(folder, task)[0].counts.tolist() == [EACH + 1, EACH]
@@ -84,7 +114,10 @@ def test_test_images_are_left_out_and_counted(place: str, folder: Path, task: Ta
     heard = log()
     (images,) = read(folder, task, truth=truth, to=heard)
     assert images.counts.tolist() == [EACH, EACH - 1]
-    assert any("1 of the training images are among the test images" in text for text in heard.warnings)
+    again = log()
+    read(folder, task, truth=truth, to=again)  # which were kept
+    for said in (heard, again):
+        assert any("1 of the training images are among the test images" in text for text in said.warnings)
 
 
 def test_few_images_are_warned_of(folder: Path, task: Task) -> None:

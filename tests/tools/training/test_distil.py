@@ -70,9 +70,7 @@ def test_pairs_are_of_the_teachers_classes(
     monkeypatch.setattr(distil, "PAIRS", 64)
     monkeypatch.setattr(distil, "SOLVED_AT_ONCE", 64)
     teacher = Teacher(OfGaussians(schedule, torch.tensor([2.0, -2.0, 0.0]), 0.3), schedule, numbered(3), CONFIG)
-    made = make_pairs(teacher, begin("pairs", 1), PROMPTS, IMAGES)
-    assert made is not None
-    (pairs,) = made
+    (pairs,) = make_pairs(teacher, begin("pairs", 1), PROMPTS, IMAGES)
     assert len(pairs.rows) == 64 and set(pairs.rows.tolist()) == {0, 1}
     sides = pairs.latents.float().mean(dim=(1, 2, 3)).sign()
     assert torch.equal(sides, torch.where(pairs.rows == 0, 1.0, -1.0))
