@@ -47,7 +47,7 @@ def build_parser() -> Parser:
         description="Scores NAME.pt as the organisers do: trains a ConvNet on it and tests that on real images.",
         epilog="examples:\n  ./run.sh evaluate --submit_dir outputs --truth_dir reference_data\n"
         "  ./run.sh evaluate --submit_dir outputs --protocol fast --max-steps 1200 --runs 1\n"
-        "  ./run.sh evaluate --submit_dir outputs --tasks my-classes.toml --truth_dir my-test-images\n\n"
+        "  ./run.sh evaluate --submit_dir outputs --tasks my-classes.toml --truth_dir my-images\n\n"
         "exit codes: 0 evaluated; 2 usage; 5 output cannot be written; 6 a file was refused",
     )
     add = parser.add_argument
@@ -58,7 +58,7 @@ def build_parser() -> Parser:
         default=Path("reference_data"),
         metavar="DIR",
         help="holds NAME_test.pt, or torchvision's cifar-100-python/, or the unpacked tiny-imagenet-200/, or a folder "
-        "per class with images of any size, in NAME/ or beside each other",
+        "per class with images of any size, in test/, val/, NAME/ or beside each other",
     )
     add(
         "--output_dir",

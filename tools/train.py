@@ -60,7 +60,7 @@ from tools.training.progress import (
     stop_if_told,
 )
 from tools.training.prompts import all_prompts, encode_prompts, prompts_of
-from tools.training.result import PAGE, Subject, can_draw, publish, recover, write_result
+from tools.training.result import PAGE, Subject, can_draw, forget_sheets, publish, recover, write_result
 from tools.training.vae import train_vae
 
 # Seconds that the training itself needs at least, when the images are read.
@@ -165,6 +165,8 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
     }
     recover(options.output)
     state = state_to_resume(options.output, settings, resume=options.resume)
+    if state is None:
+        forget_sheets(options.output, tasks)
     budget = start_budget(seconds, began - (state["elapsed"] if state else 0.0))
     keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # the steps of a stage have batches of a few shapes

@@ -15,6 +15,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
+from submission import cli
 from submission.errors import OutputError
 from submission.model.checkpoint import inspect
 from tests import forked
@@ -152,6 +153,19 @@ def test_the_job_knows_what_it_was_trained_for(trained: Path) -> None:
     assert checkpoint.classes == frozenset({"red", "green", "blue", "stop", "yield"})
 
 
+def test_the_job_draws_from_it_what_it_was_trained_for(data: Path, trained: Path, tmp_path: Path) -> None:
+    """Without a warning, at the task's own size, and in the words that it learnt."""
+    options = ["--model", str(trained / "checkpoint"), "--output", str(tmp_path), "--max-ipc", "2", "--select", "none"]
+    arguments = [str(data / "signs.toml"), *options, "--budget", "60s", "--device", "cpu"]
+    process = forked.start_command(cli.main, arguments, tmp_path / "errors", folder=ROOT, environment={})
+    process.join(100)
+    assert process.exitcode == 0, (tmp_path / "errors").read_text()
+    manifest = json.loads((tmp_path / "signs.json").read_text())
+    assert manifest["resolution"] == 64 and manifest["prompts"] == "described"
+    assert not [warning for warning in manifest["warnings"] if "trained" in warning]
+    assert torch.load(tmp_path / "signs.pt", weights_only=True).shape == (2 * 2, 3, 50, 50)
+
+
 def load_pipeline(folder: Path) -> Any:
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, variant="fp16", dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
@@ -192,6 +206,21 @@ def test_the_folder_of_another_training_is_left_alone(data: Path, tmp_path: Path
     (tmp_path / "file").touch()
     code, said = refused("--data", data, "--output", tmp_path / "file")
     assert code == 5 and "another --output" in said
+    (tmp_path / "model/checkpoint").mkdir(parents=True)
+    code, said = refused("--data", data, "--output", tmp_path / "model")
+    assert code == 5 and "checkpoint is there, of no training to go on with" in said
+
+
+def test_a_training_of_other_classes_or_sizes_does_not_go_on(
+    data: Path, trained: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    other = data / "signs.toml"
+    for old, new in (("size = 50", "size = 32"), ('"a photo of a stop"', '"a photo of a stop sign"')):
+        changed = tmp_path / "signs.toml"
+        changed.write_text(other.read_text().replace(old, new))
+        arguments = [str(data / "tiles.toml"), str(changed), "--data", str(data), "--output", str(trained)]
+        assert train.main([*arguments, "--seed", "5", "--device", "cpu", "--resume"]) == 5
+        assert "is of a training with other options" in capsys.readouterr().err
 
 
 def test_wrong_usage_and_data_are_said_in_a_line(data: Path, tmp_path: Path, refused: Refused) -> None:

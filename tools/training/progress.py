@@ -233,18 +233,21 @@ class Pace:
 
     @property
     def done(self) -> float:
+        """Seconds of the stage that are over."""
         return self.now - self.place.began
 
     @property
     def planned(self) -> float:
+        """Seconds that the stage has."""
         return self.place.until - self.place.began
 
     def __str__(self) -> str:
-        steps, seconds = self.place.step - self.settled[0], self.now - self.settled[1]
-        pace = f", {steps * self.batch * processes.count() / seconds:,.0f} images/s" if steps and seconds else ""
-        return (
-            f"{self.place.stage}: step {self.place.step:,}{pace}, {max(0.0, self.place.until - self.now):.0f} s to go"
-        )
+        stage, steps, seconds = self.place.stage, self.place.step - self.settled[0], self.now - self.settled[1]
+        told = [f"step {self.place.step:,}"]
+        if steps and seconds:
+            told.append(f"{steps * self.batch * processes.count() / seconds:,.0f} images/s")
+        told += [line.split(" ", 2)[2] for line in self.lines if line.startswith(f"{stage} ")]
+        return f"{stage}: {', '.join(told)}, {max(0.0, self.place.until - self.now):.0f} s to go"
 
 
 def seed_step(progress: Progress, step: int, process: int) -> None:

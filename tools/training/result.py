@@ -48,6 +48,13 @@ def can_draw(progress: Progress) -> bool:
     return "diffusion" in progress.journal.steps or (place.stage == "diffusion" and place.step > 0)
 
 
+def forget_sheets(output: Path, tasks: Sequence[Task]) -> None:
+    """Remove what an earlier training of these tasks drew there."""
+    for task in tasks:
+        for stage in STAGES:
+            sheet_of(output, task, stage).unlink(missing_ok=True)
+
+
 def recover(output: Path) -> None:
     """Put the checkpoint back where a kill came while it was replaced."""
     if not (output / CHECKPOINT).exists() and (old := output / f"{CHECKPOINT}.old").exists():
@@ -81,14 +88,10 @@ def write_result(subject: Subject, progress: Progress) -> str | None:
             "are to another; give it more images, or less time"
         )
     facts = _write_checkpoint(subject, progress, [*progress.log.warnings, *([warning] if warning else [])])
-    sheets = {
-        stage: {
-            task.name: sheet.read_bytes()
-            for task in subject.tasks
-            if (sheet := sheet_of(progress.output, task, stage)).exists()
-        }
-        for stage in STAGES
-    }
+    sheets: dict[str, dict[str, bytes]] = {}
+    for stage in STAGES:
+        files = {task.name: sheet_of(progress.output, task, stage) for task in subject.tasks}
+        sheets[stage] = {name: file.read_bytes() for name, file in files.items() if file.exists()}
     page = render(facts, subject.command, progress.journal.lines, sheets, [pictures for _, _, pictures in found])
     write_whole(progress.output / PAGE, page.encode())
     return warning

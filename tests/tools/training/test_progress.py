@@ -114,6 +114,19 @@ def test_what_chance_decides_in_a_step_depends_on_the_step_alone() -> None:
     assert torch.equal(*drawn)
 
 
+def test_a_resumed_stage_sets_the_rates_that_recorded_steps_read() -> None:
+    """The tensors that the optimisers were made with, and not others of the same value."""
+    clock = Clock()
+    progress = begin(clock, "match")
+    train(progress, clock, [1.0])
+    assert progress.optimisers is not None
+    progress.place.step, progress.place.ends = 0, None
+    one = optimiser()
+    rate = one.param_groups[0]["lr"]
+    next(steps(progress, [one], 1))
+    assert one.param_groups[0]["lr"] is rate and rate.item() == pytest.approx(2 / module.WARM_UP)
+
+
 def test_every_image_is_seen_as_often_whatever_its_canvas() -> None:
     images = [
         RealImages(torch.empty(count, 3, side, side), torch.tensor([count])) for count, side in ((400, 32), (100, 64))
