@@ -1,5 +1,6 @@
 """The real images of a task, to train on or to test on, in whichever of the usual forms they lie in a folder."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -64,8 +65,8 @@ def find_part(folder: Path, task: Task, part: Part, size: int) -> Pictures | Non
     of_cifar100 = {one.name for one in load_task("cifar100").classes}
     if (cifar := _inside(folder, CIFAR100.base_folder)) and of_cifar100.issuperset(one.name for one in task.classes):
         return _cifar100(cifar, task, part, size)
-    if (tiny := _inside(folder, TINY_IMAGENET)) and all(one.wnid for one in task.classes):
-        return _tiny_imagenet(tiny, task, size) if part == "test" else read_class_folders(tiny / "train", task, size)
+    if (tiny := _inside(folder, TINY_IMAGENET)) and (known := _with_wnids(task)):
+        return _tiny_imagenet(tiny, known, size) if part == "test" else read_class_folders(tiny / "train", known, size)
     for parent in (folder / task.name, folder):
         for name in PART_FOLDERS[part]:
             if found := read_class_folders(parent / name, task, size):
@@ -94,6 +95,14 @@ def _cifar100(where: Path, task: Task, part: Part, size: int) -> Pictures:
     labels = own[torch.tensor(found.targets)]
     pixels = torch.from_numpy(found.data).permute(0, 3, 1, 2)
     return Pictures(resized(pixels[labels >= 0], size), labels[labels >= 0])
+
+
+def _with_wnids(task: Task) -> Task | None:
+    """The task with a WordNet id for every class, its own or that of Tiny-ImageNet's class of that name; None where
+    there is none for one of them."""
+    ids = {one.name: one.wnid for one in load_task("tinyimagenet").classes}
+    classes = tuple(replace(one, wnid=one.wnid or ids.get(one.name)) for one in task.classes)
+    return replace(task, classes=classes) if all(one.wnid for one in classes) else None
 
 
 def _tiny_imagenet(where: Path, task: Task, size: int) -> Pictures:

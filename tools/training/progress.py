@@ -21,8 +21,8 @@ from tools.training import processes
 from tools.training.images import RealImages
 from tools.training.muon import Muon
 
-# What is done one after the other, and the share of the time after the images are read that each gets:
-# docs/own-data.md says what other splits gave.
+# What is done one after the other, and the share of the time after the images are read that each gets. Of other splits
+# none was tried; docs/own-data.md has the steps that each stage comes to.
 SHARES = {"critic": 0.03, "vae": 0.07, "diffusion": 0.52, "pairs": 0.1, "distil": 0.13, "match": 0.15}
 STAGES = tuple(SHARES)
 DONE = "done"

@@ -123,6 +123,9 @@ def test_classes_of_tiny_imagenet_are_found_in_it(tiny_folder: Path) -> None:
     (where / "wnids.txt").write_text("".join(f"{one.wnid}\n" for one in TINY_TASK.classes))
     task = some_of(TINY_TASK, 199, 7)
     assert find_test_images(tiny_folder, task).labels.tolist() == [1, 0]
+    # As `init` writes it, from names alone.
+    task = replace(task, classes=tuple(replace(one, wnid=None) for one in task.classes))
+    assert find_test_images(tiny_folder, task).labels.tolist() == [1, 0]
     for index, image in zip((7, 199, 5), pixels(3, 64), strict=True):
         folder = where / "train" / str(TINY_TASK.classes[index].wnid) / "images"
         folder.mkdir(parents=True)
