@@ -65,8 +65,8 @@ from tools.training.vae import train_vae
 
 # Seconds that the training itself needs at least, when the images are read.
 LEAST_SECONDS = 30.0
-# Seconds that the end of the process takes.
-EXIT_SECONDS = 2.0
+# Seconds that the end of the process takes, and how much longer the last page may take than the one that was timed.
+EXIT_SECONDS, SLOWER = 2.0, 1.2
 # A file of the output.
 CRITIC = "critic.pt"
 # The environment of several processes says when the first was started, in Unix seconds.
@@ -242,7 +242,7 @@ def follow(subject: Subject, progress: Progress) -> None:
                 )
             began = progress.budget.elapsed
             write_result(subject, progress)  # a page to look at, and how long the last one will take
-            progress.reserve = progress.budget.elapsed - began + EXIT_SECONDS
+            progress.reserve = SLOWER * (progress.budget.elapsed - began) + EXIT_SECONDS
         elif not steps:
             progress.log.warn(f"there was no time for the stage {stage!r}: give a longer --budget")
         begin_stage(progress, (*STAGES, DONE)[STAGES.index(stage) + 1])

@@ -66,7 +66,9 @@ def find_part(folder: Path, task: Task, part: Part, size: int) -> Pictures | Non
     if (cifar := _inside(folder, CIFAR100.base_folder)) and of_cifar100.issuperset(one.name for one in task.classes):
         return _cifar100(cifar, task, part, size)
     if (tiny := _inside(folder, TINY_IMAGENET)) and (known := _with_wnids(task)):
-        return _tiny_imagenet(tiny, known, size) if part == "test" else read_class_folders(tiny / "train", known, size)
+        if part == "train":
+            return read_class_folders(tiny / "train", known, size)
+        return _tiny_imagenet(tiny, known, size) if (tiny / "val").exists() else None
     for parent in (folder / task.name, folder):
         for name in PART_FOLDERS[part]:
             if found := read_class_folders(parent / name, task, size):

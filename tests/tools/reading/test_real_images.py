@@ -130,6 +130,8 @@ def test_classes_of_tiny_imagenet_are_found_in_it(tiny_folder: Path) -> None:
         folder = where / "train" / str(TINY_TASK.classes[index].wnid) / "images"
         folder.mkdir(parents=True)
         Image.fromarray(image).save(folder / "0.JPEG", format="PNG")
+    shutil.rmtree(where / "val")
+    assert find_part(where, task, "test", 64) is None
     training = find_real_images(where, task, "train", 64)
     assert training.labels.tolist() == [0, 1]
     assert torch.equal(training.pixels, torch.from_numpy(pixels(3, 64)[[1, 0]]).permute(0, 3, 1, 2))
