@@ -78,9 +78,17 @@ def reached(output: Path, line: str) -> Callable[[], bool]:
 
 def test_a_training_killed_in_every_stage_goes_on_to_the_same_end(data: Path, trained: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    for line in ("vae 2 ", "diffusion 7 ", "distil 2 ", "match 2 "):
+    moments = {
+        "critic": (output / "state.pt").exists,
+        "vae": reached(output, "vae 2 "),
+        "diffusion": reached(output, "diffusion 7 "),
+        "pairs": (output / "train.html").exists,
+        "distil": reached(output, "distil 2 "),
+        "match": reached(output, "match 2 "),
+    }
+    for moment in moments.values():
         process = start(data, output, "--resume")
-        forked.wait_for(reached(output, line), process)
+        forked.wait_for(moment, process)
         process.kill()
         process.join()
         # There is no checkpoint yet, or a whole one.
