@@ -67,6 +67,8 @@ from tools.training.vae import train_vae
 LEAST_SECONDS = 30.0
 # Seconds that the end of the process takes, and how much longer the last page may take than the one that was timed.
 EXIT_SECONDS, SLOWER = 2.0, 1.2
+# Stages that decide what the pictures are like.
+TRAINING_STAGES = ("diffusion", "distil", "match")
 # A file of the output.
 CRITIC = "critic.pt"
 # The environment of several processes says when the first was started, in Unix seconds.
@@ -89,8 +91,8 @@ def build_parser() -> Parser:
         description="Trains a one-step text-to-image model on your images, for the job to draw from with --model.",
         epilog="examples:\n  ./run.sh train my-classes.toml --data photographs --output outputs/my-model --budget 20m\n"
         "  ./run.sh my-classes.toml --model outputs/my-model/checkpoint\n\n"
-        "exit codes: 0 trained, or told to stop when there was something to keep; 2 usage; 3 too short a budget, or "
-        "stopped before anything could be drawn; 5 output cannot be written; 6 the images were refused",
+        "exit codes: 0 trained, or told to stop and something can be drawn; 2 usage; 3 nothing can be drawn yet;\n"
+        "5 output cannot be written; 6 the images were refused",
     )
     add = parser.add_argument
     add("tasks", nargs="+", metavar="TASK", help="as for the job: names of tasks, or .toml files")
@@ -186,7 +188,7 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
                 network.to(memory_format=torch.channels_last)  # about three times as fast in these narrow convolutions
         progress = Progress(options.output, budget, log, trained, torch.Generator(device), settings)
         restore(progress, state)
-        if not can_draw(progress) and budget.left < LEAST_SECONDS + progress.reserve:
+        if not can_draw(progress) and budget.left < LEAST_SECONDS + progress.ending:
             left = max(0.0, budget.left)
             raise BudgetError(f"{left:.0f} of {seconds:.0f} s are left to train in: give a longer --budget")
         if state is None:
@@ -207,8 +209,8 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
 
 
 def follow(subject: Subject, progress: Progress) -> None:
-    """The stages, from where the training stands to the last. Raises StoppedError, and BudgetError where the time did
-    not do for a teacher."""
+    """The stages, from where the training stands to the last. Raises StoppedError, and BudgetError where there was no
+    time for a teacher."""
     networks, prompts, images = subject.networks, subject.prompts, subject.images
     output, device = progress.output, progress.generator.device
     teacher, rival = progress.networks["teacher"], progress.networks["rival"]
@@ -234,17 +236,14 @@ def follow(subject: Subject, progress: Progress) -> None:
                 follow_teacher(subject, progress)
         stop_if_told(progress)
         steps = progress.journal.steps[stage] = progress.place.step
+        if stage == "diffusion" and not steps:
+            raise BudgetError("there was no time for a teacher: give a longer --budget, and another --output")
+        if stage in TRAINING_STAGES and steps < WARM_UP:
+            progress.log.warn(f"in the stage {stage!r} there was time for {steps} steps alone: give a longer --budget")
         if stage == "diffusion":
-            if steps < WARM_UP:
-                raise BudgetError(
-                    f"in this time the teacher came to {steps} steps, and learnt nothing: give a longer --budget, and "
-                    "another --output"
-                )
             began = progress.budget.elapsed
             write_result(subject, progress)  # a page to look at, and how long the last one will take
-            progress.reserve = SLOWER * (progress.budget.elapsed - began) + EXIT_SECONDS
-        elif not steps:
-            progress.log.warn(f"there was no time for the stage {stage!r}: give a longer --budget")
+            progress.ending = SLOWER * (progress.budget.elapsed - began) + EXIT_SECONDS
         begin_stage(progress, (*STAGES, DONE)[STAGES.index(stage) + 1])
     for file in output.glob("pairs_*.pt"):
         file.unlink(missing_ok=True)

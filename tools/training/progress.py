@@ -81,7 +81,7 @@ class Progress:
     place: Place = field(default_factory=Place)
     optimisers: list[dict[str, Any]] | None = None
     journal: Journal = field(default_factory=Journal)
-    reserve: float = 10.0  # seconds at the end for checkpoint and page; measured on the way
+    ending: float = 10.0  # seconds at the end for checkpoint and page; measured on the way
 
     @property
     def stopped(self) -> bool:
@@ -126,9 +126,9 @@ def restore(progress: Progress, state: dict[str, Any] | None) -> None:
         for name, network in progress.networks.items():
             network.load_state_dict(state["networks"][name])
         progress.place, progress.journal = Place(**state["place"]), Journal(**state["journal"])
-        progress.optimisers, progress.reserve = state["optimisers"], state["reserve"]
+        progress.optimisers, progress.ending = state["optimisers"], state["ending"]
         # The budget may be another one.
-        progress.place.until = min(progress.place.until, progress.budget.seconds - progress.reserve)
+        progress.place.until = min(progress.place.until, progress.budget.seconds - progress.ending)
     if processes.is_first():
         (progress.output / LOG).write_text("".join(line + "\n" for line in progress.journal.lines))
 
@@ -138,7 +138,7 @@ def begin_stage(progress: Progress, stage: str) -> None:
     now = progress.budget.elapsed
     later = STAGES[STAGES.index(stage) :] if stage != DONE else ()
     share = SHARES[stage] / sum(SHARES[one] for one in later) if later else 0.0
-    until = now + share * max(0.0, progress.budget.left - progress.reserve)
+    until = now + share * max(0.0, progress.budget.left - progress.ending)
     progress.place = Place(stage, *processes.agreed((now, until)))
     progress.optimisers, progress.journal.unlogged = None, []
     save(progress)
@@ -185,7 +185,7 @@ def steps(
         if budget.elapsed - saved >= SAVE_SECONDS:
             progress.optimisers = [optimiser.state_dict() for optimiser in optimisers]
             save(progress)
-            if place.until - budget.elapsed > progress.reserve:  # what is shown takes time, and soon there is more
+            if place.until - budget.elapsed > progress.ending:  # what is shown takes time, and soon there is more
                 on_save()
             saved = budget.elapsed
     progress.optimisers = [optimiser.state_dict() for optimiser in optimisers]
@@ -206,7 +206,7 @@ def _steps_left(progress: Progress, settled: tuple[int, float]) -> int:
 
 def _is_over(progress: Progress) -> bool:
     """Whether the stage ends before its steps are done: it is late, or the training was told to stop."""
-    place, end = progress.place, progress.budget.seconds - progress.reserve
+    place, end = progress.place, progress.budget.seconds - progress.ending
     late = min(place.until + OVERRUN * (place.until - place.began), max(place.until, end))
     return progress.stopped or progress.budget.elapsed > late
 
@@ -340,7 +340,7 @@ def save(progress: Progress) -> None:
         "networks": {name: network.state_dict() for name, network in progress.networks.items()},
         "place": asdict(progress.place),
         "elapsed": progress.budget.elapsed,
-        "reserve": progress.reserve,
+        "ending": progress.ending,
         "optimisers": progress.optimisers,
         "journal": vars(progress.journal),
     }

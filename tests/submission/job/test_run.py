@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,15 +205,17 @@ def test_a_file_that_is_replaced_and_classes_the_model_does_not_know_are_said(
     run: Run,
     checkpoint_folder: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run("--max-ipc", "1")
     assert "is there already" not in capsys.readouterr().out
-    monkeypatch.setattr(job, "EMBEDDED", checkpoint_folder)
-    run("--max-ipc", "1")
+    trained = tmp_path / "trained"
+    shutil.copytree(checkpoint_folder, trained)
+    (trained / "training.json").write_text('{"classes": {"another": ["apple"]}}')
+    run("--model", str(trained), "--max-ipc", "1")
     assert "out/tiny.pt is there already, and is replaced once a round is done" in capsys.readouterr().out
-    assert "the embedded model knows" in json.loads((tmp_path / "out/tiny.json").read_text())["warnings"][0]
+    warnings = json.loads((tmp_path / "out/tiny.json").read_text())["warnings"]
+    assert "this model was not trained for" in warnings[0]
 
 
 def test_another_file_than_the_recipe_names_is_a_warning(run: Run, checkpoint_folder: Path, tmp_path: Path) -> None:

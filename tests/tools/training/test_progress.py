@@ -64,8 +64,8 @@ def test_all_stages_end_with_the_budget_whatever_a_step_takes(seconds: list[floa
         begin_stage(progress, following)
     # The last step of the last stage may be under way when its time is over; and what is left is less than the pace
     # told of a stage's last third, give or take a step of the slowest kind.
-    assert clock.now <= BUDGET - progress.reserve + 2 * max(seconds)
-    assert clock.now >= BUDGET - progress.reserve - 0.02 * BUDGET - 12 * max(seconds)
+    assert clock.now <= BUDGET - progress.ending + 2 * max(seconds)
+    assert clock.now >= BUDGET - progress.ending - 0.02 * BUDGET - 12 * max(seconds)
 
 
 def test_a_stage_that_slows_down_is_cut_off() -> None:
