@@ -240,7 +240,7 @@ def follow(subject: Subject, progress: Progress) -> None:
             raise BudgetError("there was no time for a teacher: give a longer --budget, and another --output")
         if stage in TRAINING_STAGES and steps < WARM_UP:
             progress.log.warn(f"in the stage {stage!r} there was time for {steps} steps alone: give a longer --budget")
-        if stage == "diffusion":
+        if stage in ("diffusion", "distil"):
             began = progress.budget.elapsed
             write_result(subject, progress)  # a page to look at, and how long the last one will take
             progress.ending = SLOWER * (progress.budget.elapsed - began) + EXIT_SECONDS
