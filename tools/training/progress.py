@@ -201,7 +201,7 @@ def _share_over(progress: Progress) -> float:
 def _steps_left(progress: Progress, settled: tuple[int, float]) -> int:
     """Steps that the rest of the stage's time allows, at the pace since the step and moment of `settled`."""
     place, now = progress.place, progress.budget.elapsed
-    return int((place.until - now) * (place.step - settled[0]) / max(now - settled[1], 1e-9))
+    return max(0, round((place.until - now) * (place.step - settled[0]) / max(now - settled[1], 1e-9)))
 
 
 def _is_over(progress: Progress) -> bool:
