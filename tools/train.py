@@ -114,7 +114,7 @@ def build_parser() -> Parser:
         "--truth_dir",
         type=Path,
         metavar="DIR",
-        help="test images, which are not trained on (default: those that --data names as such)",
+        help="more test images: like those that --data names as such, they are not trained on (default: none)",
     )
     add("--seed", type=number_from(0), default=0, metavar="N", help="of all that is random")
     add_device(parser)
