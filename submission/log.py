@@ -115,7 +115,7 @@ class Log:
         """Shows progress: at once on a terminal, every `LINE_SECONDS` in a log."""
         if self._bar:
             self._bar.update(self._row, completed=status.done, total=status.planned, figures=escape(str(status)))
-        elif self.budget.elapsed - self._last_line >= LINE_SECONDS:
+        elif self.style != "kept" and self.budget.elapsed - self._last_line >= LINE_SECONDS:
             self._last_line = self.budget.elapsed
             if self.style == "json":
                 self._print_json({"event": "progress", **asdict(status), "memory_bytes": _memory()})

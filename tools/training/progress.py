@@ -32,7 +32,7 @@ WARM_UP = 20  # steps in which the rates rise
 STEADY = 0.7  # share of a stage in which the rates stay; then they fall to nothing
 OVERRUN = 0.05  # share of a stage's time by which it may be late; the stages after it have less
 SETTLED = 3  # steps before the pace is measured: the first ones allocate and record
-CHECKED_EVERY = 16  # steps after which several processes ask the first one how late it is
+CHECK_SECONDS = 0.5  # after which several processes ask the first one how late it is, which they wait for
 SAVE_SECONDS = 60.0  # between saves of the state, the most that a kill loses
 CLIP_NORM = 1.0
 LOG_EVERY = 10  # steps that a line of the log is the mean of
@@ -166,7 +166,7 @@ def steps(
             for group, rate in zip(optimiser.param_groups, of_optimiser, strict=True):
                 group["lr"] = rate  # on the device, where a recorded step reads it
     first, settled, saved = place.step, (place.step, budget.elapsed), budget.elapsed
-    every = CHECKED_EVERY if processes.count() > 1 else 1
+    every = 1  # steps between looks at the clock
     while place.ends is None or place.step < place.ends:
         if place.step % every == 0:
             if processes.agreed(_is_over(progress)):
@@ -180,7 +180,11 @@ def steps(
         yield place.step
         place.step += 1
         if place.step - first == SETTLED:
-            settled = (place.step, budget.elapsed)
+            now = budget.elapsed
+            if processes.count() > 1:
+                steps_each_second = SETTLED / max(now - settled[1], 1e-9)
+                every = processes.agreed(max(1, int(CHECK_SECONDS * steps_each_second)))
+            settled = (place.step, now)
         progress.log.status(Pace(place, batch, settled, budget.elapsed, progress.journal.lines[-1:]))
         if budget.elapsed - saved >= SAVE_SECONDS:
             progress.optimisers = [optimiser.state_dict() for optimiser in optimisers]
