@@ -7,18 +7,17 @@ import signal
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from submission import cli
 from submission.errors import OutputError
 from submission.model.checkpoint import inspect
 from tests import forked
+from tests.diffusers_pipeline import load_pipeline, networks_of, sample
 from tests.paths import ROOT
 from tools import train
 from tools.init import task_text
@@ -101,7 +100,7 @@ def test_a_training_killed_in_every_stage_goes_on_to_the_same_end(data: Path, tr
         assert (output / file).read_bytes() == (trained / file).read_bytes()
 
 
-@pytest.mark.parametrize("line", ["vae 1 ", "diffusion 3 ", "match 1 "])
+@pytest.mark.parametrize("line", ["vae 1 ", "diffusion 3 ", "distil 1 "])
 def test_told_to_stop_it_leaves_what_there_is(line: str, data: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start(data, output)
@@ -143,15 +142,7 @@ def test_training_and_diffusers_sample_alike_at_every_size(
     noise = torch.randn(len(prompts), *layout.latent_shape(canvas), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         ours = layout.one_step_latents(networks, noise, layout.encode(networks, layout.token_ids(networks, prompts)))
-    theirs = pipeline(
-        prompt=prompts,
-        height=canvas,
-        width=canvas,
-        num_inference_steps=1,
-        guidance_scale=0.0,
-        latents=noise.clone(),  # the pipeline scales it
-        output_type="latent",
-    ).images
+    theirs = sample(pipeline, prompts, canvas, noise, "latent")
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
@@ -172,17 +163,6 @@ def test_the_job_draws_from_it_what_it_was_trained_for(data: Path, trained: Path
     assert manifest["resolution"] == 64 and manifest["prompts"] == "described"
     assert not [warning for warning in manifest["warnings"] if "trained" in warning]
     assert torch.load(tmp_path / "signs.pt", weights_only=True).shape == (2 * 2, 3, 50, 50)
-
-
-def load_pipeline(folder: Path) -> Any:
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, variant="fp16", dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def networks_of(pipeline: Any) -> layout.Networks:
-    parts = ("tokenizer", "text_encoder", "text_encoder_2", "unet", "vae", "scheduler")
-    return layout.Networks(*(getattr(pipeline, name) for name in parts))
 
 
 # What it refuses, and says

@@ -159,7 +159,7 @@ def solver_of(teacher: Teacher) -> Callable[[Tensor, Tensor], Tensor]:
     """
     guided = recorded(partial(denoise_guided, teacher), teacher.schedule.alphas.device)
     # Handed what is clean, it needs no prediction type of the checkpoint's.
-    # Steps even in the log of the signal-to-noise ratio leave a fifth of the error that even timesteps leave.
+    # On Gaussians, steps even in the log of the signal-to-noise ratio leave a fifth of the error of even timesteps.
     solver = DPMSolverMultistepScheduler.from_config(teacher.solver, prediction_type="sample", use_lu_lambdas=True)
 
     @torch.no_grad()

@@ -1,17 +1,15 @@
 """The embedded checkpoint: diffusers loads it, it reads every prompt whole, its pictures look like their classes."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from torch import Tensor
 
 from submission.model.checkpoint import EMBEDDED
 from submission.tasks import PromptStyle, Task, load_task
+from tests.diffusers_pipeline import load_pipeline, networks_of, sample
 from tests.paths import SHARED
 from tools.training import arithmetic, layout
 
@@ -22,36 +20,6 @@ STYLES: tuple[PromptStyle, ...] = ("label", "described", "diverse")
 @pytest.fixture(scope="module")
 def embedded() -> Any:
     return load_pipeline(EMBEDDED)
-
-
-def load_pipeline(folder: Path) -> Any:
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, variant="fp16", dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def sample(pipeline: Any, prompts: list[str], size: int, noise: Tensor, kind: str = "pt") -> Tensor:
-    images: Tensor = pipeline(
-        prompt=prompts,
-        height=size,
-        width=size,
-        num_inference_steps=1,
-        guidance_scale=0.0,
-        latents=noise.clone(),  # the pipeline scales it
-        output_type=kind,
-    ).images
-    return images
-
-
-def networks_of(pipeline: Any) -> layout.Networks:
-    return layout.Networks(
-        pipeline.tokenizer,
-        pipeline.text_encoder,
-        pipeline.text_encoder_2,
-        pipeline.unet,
-        pipeline.vae,
-        pipeline.scheduler,
-    )
 
 
 def tasks() -> list[Task]:
