@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 from diffusers import (
@@ -97,6 +98,11 @@ def make_pipeline(prediction_type: str = "epsilon", layout: str = "sdxl") -> Any
         )
     second = CLIPTextModelWithProjection(text)
     return StableDiffusionXLPipeline(vae, encoder, second, tokenizer, make_tokenizer(), unet, scheduler)
+
+
+# Its deadline for an example is an absolute time, which a busy machine misses.
+hypothesis.settings.register_profile("banko", deadline=None)
+hypothesis.settings.load_profile("banko")
 
 
 @pytest.fixture(autouse=True)

@@ -52,7 +52,7 @@ lines = st.one_of(
 @given(st.lists(lines, max_size=6), st.sampled_from(["\n", "\r\n", "\r"]), st.sampled_from(["utf-8", "utf-8-sig"]))
 @example(["a b", "a_b"], "\n", "utf-8")
 @example(["{}", "{0}", '"""', "\\u0041"], "\n", "utf-8")
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_gives_a_task_or_the_line_that_is_wrong(
     tmp_path_factory: pytest.TempPathFactory, content: list[str], end: str, encoding: str
 ) -> None:

@@ -342,7 +342,7 @@ def test_same_request_same_copies_and_every_part_of_it_matters(style: PdaStyle) 
 row = st.tuples(st.integers(0, 199), st.integers(0, 499), st.integers(1, 10))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(rows=st.lists(row, min_size=1, max_size=9), seed=st.integers(0, 2**64), style=st.sampled_from(STYLES))
 def test_a_copy_does_not_depend_on_its_batch(rows: list[tuple[int, int, int]], seed: int, style: PdaStyle) -> None:
     images = torch.randint(

@@ -32,7 +32,7 @@ def make_rounds(count: int, task: Task, seed: int = 0) -> NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(count=st.integers(1, 7), extra=st.integers(0, 12), dtype=st.sampled_from([torch.float32, torch.float16]))
 def test_every_place_holds_its_image_or_copy(
     task: Task, tmp_path_factory: pytest.TempPathFactory, count: int, extra: int, dtype: torch.dtype

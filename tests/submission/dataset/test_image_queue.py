@@ -30,7 +30,7 @@ def pictures(spool: Spool) -> list[int]:
     return [int(image[0, 0, 0]) for image in rounds[index]]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 12), st.lists(st.tuples(st.integers(1, 9), st.sampled_from("kept lost late")), max_size=20))
 def test_every_image_is_made_once_whatever_is_lost_or_late(
     tmp_path_factory: pytest.TempPathFactory, cap: int, steps: list[tuple[int, str]]

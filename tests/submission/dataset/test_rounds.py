@@ -45,7 +45,7 @@ def everything(spool: Spool) -> NDArray[np.uint8]:
     return rounds[index].reshape(-1, *spool.shape)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 2)), min_size=1, max_size=20))
 def test_images_are_read_as_from_an_array(
     tmp_path_factory: pytest.TempPathFactory, places: list[tuple[int, int]]
@@ -57,7 +57,7 @@ def test_images_are_read_as_from_an_array(
 
 
 @given(st.integers(0, 5 * STRIDE))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_spool_cut_anywhere_keeps_its_whole_rounds(tmp_path_factory: pytest.TempPathFactory, length: int) -> None:
     rounds, folder = make_rounds(5), tmp_path_factory.mktemp("out") / "spool"
     make_spool(folder, rounds)
@@ -71,7 +71,7 @@ def test_a_spool_cut_anywhere_keeps_its_whole_rounds(tmp_path_factory: pytest.Te
 
 
 @given(st.integers(0, 5 * STRIDE - 1))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_a_torn_round_costs_itself_alone(tmp_path_factory: pytest.TempPathFactory, place: int) -> None:
     rounds, folder = make_rounds(5), tmp_path_factory.mktemp("out") / "spool"
     make_spool(folder, rounds)
@@ -88,7 +88,7 @@ def test_a_torn_round_costs_itself_alone(tmp_path_factory: pytest.TempPathFactor
         assert np.array_equal(everything(spool), rounds)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.permutations(range(6)), st.integers(0, 6))
 def test_rounds_come_in_any_order_and_count_up_to_the_first_that_is_missing(
     tmp_path_factory: pytest.TempPathFactory, order: list[int], count: int

@@ -29,7 +29,7 @@ def pool(tmp_path: Path) -> Iterator[Rounds]:
         yield spool.read()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(1, 30), st.integers(1, 5), st.integers(0, 1000), st.data())
 def test_each_image_is_the_one_that_takes_the_mean_nearest(
     rows: int, columns: int, seed: int, data: st.DataObject

@@ -134,7 +134,7 @@ def test_a_tiny_autoencoder_takes_the_unet_s_latents_as_they_are(tmp_path: Path)
 
 
 @given(noise=st.floats(0.001, 0.5))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_psnr(noise: float) -> None:
     truth = torch.zeros(2, 3, 64, 64)
     # In pixels of 0..1 the error is half as large.

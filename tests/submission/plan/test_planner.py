@@ -39,7 +39,7 @@ def test_a_plan_fits_and_one_more_round_would_not(
     assert plan.rounds == composition.cap or total(plan.rounds + 1) > left
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(simulator.KINDS), st.integers(0, 10**9))
 def test_no_job_on_a_simulated_machine_is_late_and_snapshots_cost_little(kind: str, seed: int) -> None:
     trace = simulator.draw_trace(kind, seed)

@@ -473,7 +473,7 @@ def toml_of(task: Task, one_line_a_class: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(task=tasks(), one_line_a_class=st.booleans())
 def test_any_task_survives_being_written_and_read(
     tmp_path_factory: pytest.TempPathFactory, task: Task, one_line_a_class: bool
@@ -483,7 +483,7 @@ def test_any_task_survives_being_written_and_read(
     assert load_task(str(path)) == task
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(task=tasks(), one_line_a_class=st.booleans(), data=st.data())
 def test_a_second_use_of_an_index_is_found_whatever_the_strings_hold(
     tmp_path_factory: pytest.TempPathFactory, task: Task, one_line_a_class: bool, data: st.DataObject

@@ -26,7 +26,7 @@ def test_the_scheduler_is_ahead_of_the_others_and_never_late(
     assert "slow disk" in capsys.readouterr().out
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.sampled_from(KINDS), st.integers(0, 10**9))
 def test_no_policy_in_time_is_ahead_of_the_oracle(kind: str, seed: int) -> None:
     trace = draw_trace(kind, seed)
@@ -37,7 +37,7 @@ def test_no_policy_in_time_is_ahead_of_the_oracle(kind: str, seed: int) -> None:
 
 
 @given(st.sampled_from(KINDS), st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_work_takes_its_time_in_one_piece_or_in_two(kind: str, seed: int) -> None:
     trace, dice = draw_trace(kind, seed), random.Random(seed)
     now, work = dice.uniform(0, trace.seconds / 2), dice.uniform(0, trace.seconds / 4)

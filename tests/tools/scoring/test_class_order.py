@@ -37,7 +37,7 @@ def as_trained_on(order: torch.Tensor, predictions: torch.Tensor) -> torch.Tenso
 @given(
     accuracy=st.floats(0, 1), runs=st.integers(1, 3), images=st.sampled_from([1, 3, 25, 50]), seed=st.integers(0, 99)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_right_order_raises_no_alarm(accuracy: float, runs: int, images: int, seed: int) -> None:
     labels = torch.arange(100).repeat_interleave(images)
     predictions = [guesses(labels, 100, accuracy, seed + run) for run in range(runs)]
@@ -50,7 +50,7 @@ def test_the_right_order_raises_no_alarm(accuracy: float, runs: int, images: int
 
 @given(accuracy=st.floats(0.06, 1), seed=st.integers(0, 99))
 @example(accuracy=0.330078125, seed=93)  # where shares instead of counts were compared, rounding hid the name
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_superclass_order_is_named(accuracy: float, seed: int) -> None:
     labels = torch.arange(100).repeat(50)
     order = torch.tensor(known_orders(CIFAR100)["by superclass"])
@@ -69,7 +69,7 @@ def test_the_superclass_order_is_the_published_one() -> None:
 
 
 @given(accuracy=st.floats(0.15, 1), seed=st.integers(0, 99))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_an_unknown_order_is_found(accuracy: float, seed: int) -> None:
     labels = torch.arange(200).repeat(25)
     order = order_of(TINY_IMAGENET, seed)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from submission.log import Log
@@ -54,7 +54,6 @@ def train(progress: Progress, clock: Clock, seconds: Sequence[float]) -> list[fl
     return rates
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(0.5, 4.0), min_size=1, max_size=20), st.floats(0, 100))
 def test_all_stages_end_with_the_budget_whatever_a_step_takes(seconds: list[float], read: float) -> None:
     clock = Clock()
