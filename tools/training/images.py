@@ -33,6 +33,17 @@ class RealImages:
         image of all canvases is seen as often."""
         return float(len(self.pixels) * self.canvas**2)
 
+    def draw_labels(self, count: int, generator: torch.Generator) -> Tensor:
+        """So many classes at random, in proportion to their images: int64 `[count]`, as in `labels`."""
+        return self.first + torch.multinomial(self.counts.float(), count, replacement=True, generator=generator)
+
+    def draw_of(self, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """The number of an image at random for each of `labels` `[N]`, among `pixels`: int64 `[N]`."""
+        counts = self.counts[labels - self.first]
+        within = (torch.rand(len(labels), device=generator.device, generator=generator) * counts).long()
+        # In float32 a product with nearly 1 may be rounded up.
+        return (self.counts.cumsum(0) - self.counts)[labels - self.first] + within.minimum(counts - 1)
+
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """So many images at random, mirrored by a coin: float32 in -1..1, `[count, 3, s, s]`."""
         device = generator.device

@@ -29,8 +29,8 @@ VOCABULARY = 2048  # 512 for bytes inside and at the end of words, 2 for begin a
 MAX_TOKENS = 48  # the longest prompt of the built-in tasks has 44 tokens; every one more costs cross-attention
 TEXT_WIDTHS = (64, 64)
 POOLED_WIDTH = 128
-# Channels of the UNet at full and at half the latents' width, for each `--size`: 3.8 and 8.6 million weights.
-UNET_WIDTHS = {"small": (96, 96), "base": (128, 160)}
+# Channels of the UNet at full and at half the latents' width, for each `--size`: 3.8 and 6.2 million weights.
+UNET_WIDTHS = {"small": (96, 96), "base": (64, 160)}
 TIME_ID_WIDTH = 16
 
 CANVASES = (32, 64, 96, 128)  # pixels of the side of the pictures that can be made

@@ -48,8 +48,7 @@ class Prompts:
 
     def draw(self, images: RealImages, count: int, generator: torch.Generator) -> Tensor:
         """Rows of that many classes of a canvas at random, in proportion to their images, int64 `[count]`."""
-        labels = torch.multinomial(images.counts.float(), count, replacement=True, generator=generator)
-        return self.draw_phrasings(images.first + labels, generator)
+        return self.draw_phrasings(images.draw_labels(count, generator), generator)
 
     def draw_phrasings(self, labels: Tensor, generator: torch.Generator) -> Tensor:
         """A row for each of `labels` `[N]`, of a phrasing at random."""
