@@ -173,6 +173,7 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
     keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # the steps of a stage have batches of a few shapes
     torch.set_num_threads(min(cores(), torch.get_num_threads()))
+    signal.signal(signal.SIGTERM, stop_reading)
     with closing(Log(default_style() if processes.is_first() else "kept", budget)) as log:
         with processes.first_before_others():
             images = real_images(Sources(options.data, options.truth_dir, options.output), tasks, device, log)
@@ -206,6 +207,11 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
         if copies := write_result(subject, progress):
             log.warn(copies)
         log.say(f"{options.output / PAGE} tells how it went; to draw with it: {command}")
+
+
+def stop_reading(*_: object) -> None:
+    """What SIGTERM does while the images are read. Raises BudgetError."""
+    raise BudgetError("stopped while the images were read: go on with --resume")
 
 
 def follow(subject: Subject, progress: Progress) -> None:

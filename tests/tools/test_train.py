@@ -1,9 +1,12 @@
 """Training: it survives kills, repeats itself, and what it leaves is what diffusers and the job load."""
 
 import json
+import os
 import re
 import resource
+import shutil
 import signal
+import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -116,6 +119,21 @@ def test_told_to_stop_it_leaves_what_there_is(line: str, data: Path, tmp_path: P
     assert "not finished" in (output / "train.html").read_text()
     finish(start(data, output, "--resume"), output)
     assert json.loads((output / "checkpoint/training.json").read_text())["finished"]
+
+
+def test_told_to_stop_while_it_reads_it_says_so(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "data")
+    large = tmp_path / "large.png"
+    Image.new("RGB", (3000, 3000)).save(large)
+    for index in range(2000):  # a minute's work
+        os.link(large, tmp_path / f"data/tiles/train/red/large_{index}.png")
+    output = tmp_path / "out"
+    process = start(tmp_path / "data", output)
+    forked.wait_for(output.exists, process)
+    time.sleep(0.5)
+    forked.kill(process, signal.SIGTERM)
+    assert "error: stopped while the images were read: go on with --resume" in finish(process, output, code=3)
+    assert not list(output.glob("images_*"))
 
 
 def test_what_is_left_tells_what_was_done(trained: Path) -> None:

@@ -107,10 +107,14 @@ def read_images(files: Sequence[Path], size: int) -> Tensor:
     """The images in files, upright, uint8 [N, 3, size, size]: the middle square of each, resized with antialiasing. On
     all cores, for Pillow lets others work while it decodes. Raises InputFileError."""
     pixels = torch.empty(len(files), 3, size, size, dtype=torch.uint8)
-    with warnings.catch_warnings(), ThreadPoolExecutor(cores()) as pool:
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # for all threads
-        for place, image in zip(pixels, pool.map(partial(_read_image, size=size), files), strict=True):
-            place.copy_(torch.from_numpy(image).permute(2, 0, 1))
+    pool = ThreadPoolExecutor(cores())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # for all threads
+            for place, image in zip(pixels, pool.map(partial(_read_image, size=size), files), strict=True):
+                place.copy_(torch.from_numpy(image).permute(2, 0, 1))
+    finally:
+        pool.shutdown(cancel_futures=True)  # whoever is told to stop does not read the rest
     return pixels
 
 
