@@ -29,9 +29,10 @@ class RealImages:
 
     @property
     def weight(self) -> float:
-        """How often a step is about these: batches are the smaller the larger a canvas is, so that with this every
-        image of all canvases is seen as often."""
-        return float(len(self.pixels) * self.canvas**2)
+        """How often a step is about these. Batches are the smaller the larger a canvas is, so that steps take about
+        as long, and every image of all canvases has as much of the time: what is learnt grows with the logarithm of
+        the time, whatever it costs to see an image."""
+        return float(len(self.pixels))
 
     def draw_labels(self, count: int, generator: torch.Generator) -> Tensor:
         """So many classes at random, in proportion to their images: int64 `[count]`, as in `labels`."""

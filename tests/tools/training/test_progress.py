@@ -127,12 +127,12 @@ def test_a_resumed_stage_sets_the_rates_that_recorded_steps_read() -> None:
     assert one.param_groups[0]["lr"] is rate and rate.item() == pytest.approx(2 / module.WARM_UP)
 
 
-def test_every_image_is_seen_as_often_whatever_its_canvas() -> None:
+def test_every_image_has_as_much_of_the_work_whatever_its_canvas() -> None:
     images = [
         RealImages(torch.empty(count, 3, side, side), torch.tensor([count])) for count, side in ((400, 32), (100, 64))
     ]
     progress, seen = begin(Clock(), "vae"), [0, 0]
     for progress.place.step in range(2000):
         canvas = pick(progress, images)
-        seen[canvas] += batch_for(1024, images[canvas].canvas, torch.device("cuda"))
+        seen[canvas] += images[canvas].canvas ** 2 * batch_for(1024, images[canvas].canvas, torch.device("cuda"))
     assert seen[0] / 400 == pytest.approx(seen[1] / 100, rel=0.15)
