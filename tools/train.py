@@ -140,6 +140,7 @@ def run(options: argparse.Namespace, given: list[str]) -> int:
             os.environ[BEGAN] = str(began)
             return processes.run_together([sys.executable, "-m", "tools", "train", *given], torch.cuda.device_count())
         PartialState(cpu=device.type == "cpu")
+    signal.signal(signal.SIGTERM, stop_reading)
     try:
         with claimed(options.output) if processes.is_first() else nullcontext():
             train(options, tasks, device, seconds, began)
@@ -173,7 +174,6 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
     keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # the steps of a stage have batches of a few shapes
     torch.set_num_threads(min(cores(), torch.get_num_threads()))
-    signal.signal(signal.SIGTERM, stop_reading)
     with closing(Log(default_style() if processes.is_first() else "kept", budget)) as log:
         with processes.first_before_others():
             images = real_images(Sources(options.data, options.truth_dir, options.output), tasks, device, log)

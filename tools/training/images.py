@@ -27,13 +27,6 @@ class RealImages:
         classes = torch.arange(self.first, self.first + len(self.counts), device=self.counts.device)
         return classes.repeat_interleave(self.counts)
 
-    @property
-    def weight(self) -> float:
-        """How often a step is about these. Batches are the smaller the larger a canvas is, so that steps take about
-        as long, and every image of all canvases has as much of the time: what is learnt grows with the logarithm of
-        the time, whatever it costs to see an image."""
-        return float(len(self.pixels))
-
     def draw_labels(self, count: int, generator: torch.Generator) -> Tensor:
         """So many classes at random, in proportion to their images: int64 `[count]`, as in `labels`."""
         return self.first + torch.multinomial(self.counts.float(), count, replacement=True, generator=generator)

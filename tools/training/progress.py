@@ -260,9 +260,13 @@ def seed_step(progress: Progress, step: int, process: int) -> None:
 
 
 def pick(progress: Progress, images: Sequence[RealImages]) -> int:
-    """Which canvas this step is about, the same in all processes."""
+    """Which canvas this step is about, the same in all processes.
+
+    In proportion to their images: batches are the smaller the larger a canvas is, so that every image has as much of
+    the time. With as many looks at each, large canvases took most of it (docs/own-data.md has both).
+    """
     dice = random.Random(_seed(progress, progress.place.step, "canvas"))
-    return dice.choices(range(len(images)), [of_canvas.weight for of_canvas in images])[0]
+    return dice.choices(range(len(images)), [len(of_canvas.pixels) for of_canvas in images])[0]
 
 
 def _seed(progress: Progress, *of: object) -> int:
@@ -278,10 +282,10 @@ def batch_for(batch: int, canvas: int, device: torch.device) -> int:
 
 def mean_batch(batch: int, images: Sequence[RealImages], device: torch.device) -> float:
     """How many images a step takes on average, over the canvases that steps are about."""
-    weights = [of_canvas.weight for of_canvas in images]
+    counts = [len(of_canvas.pixels) for of_canvas in images]
     batches = [batch_for(batch, of_canvas.canvas, device) for of_canvas in images]
-    total: float = sum(map(mul, weights, batches))
-    return total / sum(weights)
+    total: float = sum(map(mul, counts, batches))
+    return total / sum(counts)
 
 
 def adam(parameters: Sequence[Tensor], rate: float) -> torch.optim.AdamW:
