@@ -1,6 +1,8 @@
 """The teacher: a diffusion model of the latents, which makes a sample in many steps."""
 
-from collections.abc import Callable, Sequence
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler
 from torch import Tensor
 
+from submission.errors import first_line
 from tools.scoring.recorded import recorded
 from tools.training.arithmetic import computing
 from tools.training.images import RealImages
@@ -28,7 +31,7 @@ from tools.training.progress import (
 from tools.training.prompts import Prompts, encode_rows
 from tools.training.vae import ENCODED_AT_ONCE, encode_images
 
-BATCH = 1024
+BATCH = 2048
 RATE = 3e-3
 # Images of a step that share a prompt. With one each, the text encoders took a fourth of an H200's step; on two cores a
 # step for CIFAR-100's classes is 11% shorter so.
@@ -36,6 +39,8 @@ ALIKE = 4
 UNPROMPTED = 0.1  # share of samples learnt with the empty prompt, for guidance (Ho & Salimans 2022)
 GUIDANCE = 1.5  # of 1, 1.5 and 2.5 what an evaluator's network learnt most from: 0.324, 0.348, 0.311 of test_dev
 SOLVER_STEPS = 10
+# The UNet is compiled where the stage has so many seconds for every canvas.
+COMPILES_FROM = {"cuda": 100.0}
 
 
 @dataclass(frozen=True)
@@ -85,15 +90,7 @@ def train_diffusion(
     schedule = noise_schedule(networks.scheduler, device)
     parameters, optimisers = optimisers_of(unet, RATE, networks.text_encoder, networks.text_encoder_2)
 
-    def learn(clean: Tensor, rows: Tensor, which: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
-        with computing(device):
-            conditioning = encode_rows(networks, prompts, rows).of(which)
-        return velocity_step(unet, schedule, clean, timesteps, noise, conditioning, optimisers, parameters)
-
-    latents = [_latents(networks.vae, of_canvas, progress) for of_canvas in images]
-    run = [recorded(learn, device) for _ in images]  # one each: their shapes differ
-    for _ in steps(progress, optimisers, mean_batch(BATCH, images, device), on_save):
-        canvas = pick(progress, images)
+    def draw(canvas: int) -> tuple[Tensor, ...]:
         of_canvas, batch = images[canvas], batch_for(BATCH, images[canvas].canvas, device)
         labels = of_canvas.draw_labels(-(-batch // ALIKE), generator)
         rows = F.pad(prompts.draw_phrasings(labels, generator), (0, 1), value=prompts.empty)
@@ -105,7 +102,40 @@ def train_diffusion(
         which = which.where(~silent, len(labels))
         timesteps = torch.randint(len(schedule.alphas), (batch,), device=device, generator=generator)
         noise = torch.randn(clean.shape, device=device, generator=generator)
-        record(progress, v=run[canvas](clean, rows, which, timesteps, noise))
+        return clean, timesteps, noise, rows, which
+
+    def error(model: Any, clean: Tensor, timesteps: Tensor, noise: Tensor, rows: Tensor, which: Tensor) -> Tensor:
+        with computing(device):
+            conditioning = encode_rows(networks, prompts, rows).of(which)
+        return velocity_error(model, schedule, clean, timesteps, noise, conditioning)
+
+    def learn(*drawn: Tensor) -> Tensor:
+        loss = error(model, *drawn)
+        update(optimisers, parameters, loss)
+        return loss.detach()
+
+    latents = [_latents(networks.vae, of_canvas, progress) for of_canvas in images]
+    model = unet
+    if progress.place.until - progress.budget.elapsed >= COMPILES_FROM.get(device.type, math.inf) * len(images):
+        model = _compiled(unet, lambda model: (error(model, *draw(canvas)) for canvas in range(len(images))), progress)
+    run = [recorded(learn, device) for _ in images]  # one each: their shapes differ
+    for _ in steps(progress, optimisers, mean_batch(BATCH, images, device), on_save):
+        canvas = pick(progress, images)
+        record(progress, v=run[canvas](*draw(canvas)))
+
+
+def _compiled(unet: Any, tries: Callable[[Any], Iterator[Tensor]], progress: Progress) -> Any:
+    """The UNet, compiled for what the losses of `tries` hand it; as it is, with a warning, where torch cannot."""
+    warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # diffusers asks a version
+    compiled = torch.compile(unet, dynamic=False)
+    try:
+        for loss in tries(compiled):
+            torch.autograd.backward(loss)
+            stop_if_told(progress)
+    except torch._dynamo.exc.TorchDynamoException as error:  # looked up late: to import it takes as long as torch
+        progress.log.warn(f"torch cannot compile the UNet here ({first_line(error)}): its steps take longer")
+        return unet
+    return compiled
 
 
 def _latents(vae: Any, images: RealImages, progress: Progress) -> Tensor:
@@ -118,23 +148,13 @@ def _latents(vae: Any, images: RealImages, progress: Progress) -> Tensor:
     return torch.cat(parts)
 
 
-def velocity_step(
-    unet: Any,
-    schedule: NoiseSchedule,
-    clean: Tensor,
-    timesteps: Tensor,
-    noise: Tensor,
-    conditioning: Conditioning,
-    optimisers: Sequence[torch.optim.Optimizer],
-    parameters: Sequence[Tensor],
+def velocity_error(
+    unet: Any, schedule: NoiseSchedule, clean: Tensor, timesteps: Tensor, noise: Tensor, conditioning: Conditioning
 ) -> Tensor:
-    """One step towards predicting v = alpha n - sigma x (Salimans & Ho 2022); returns the squared error."""
+    """The squared error of a UNet that predicts v = alpha n - sigma x (Salimans & Ho 2022), a scalar."""
     alpha, sigma = column(schedule.alphas[timesteps]), column(schedule.sigmas[timesteps])
     noisy = schedule.noisy(clean, timesteps, noise)
-    error = predict_v(unet, noisy, timesteps, conditioning) - (alpha * noise - sigma * clean)
-    loss = error.square().mean()
-    update(optimisers, parameters, loss)
-    return loss.detach()
+    return (predict_v(unet, noisy, timesteps, conditioning) - (alpha * noise - sigma * clean)).square().mean()
 
 
 @torch.no_grad()

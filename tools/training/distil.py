@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tools.scoring.recorded import recorded
 from tools.training import processes
-from tools.training.diffusion import Teacher, denoise, denoise_guided, solver_of, velocity_step
+from tools.training.diffusion import Teacher, denoise, denoise_guided, solver_of, velocity_error
 from tools.training.images import RealImages
 from tools.training.layout import Conditioning, Networks, latent_shape, one_step_latents
 from tools.training.progress import (
@@ -34,12 +34,12 @@ from tools.training.progress import (
 from tools.training.prompts import Prompts
 
 PAIRS = 200_000  # of noise and sample, at most
-SOLVED_AT_ONCE = 1024
+SOLVED_AT_ONCE = 2048
 
-DISTIL_BATCH = 1024
+DISTIL_BATCH = 2048
 DISTIL_RATE = 2e-3
 
-MATCH_BATCH = 512
+MATCH_BATCH = 1024
 MATCH_RATE = 5e-4
 RIVAL_RATE = 1e-3
 RIVAL_STEPS = 2  # of the rival for each of the student
@@ -142,7 +142,9 @@ def train_match(
     def learn_rival(start: Tensor, rows: Tensor, timesteps: Tensor, noise: Tensor) -> Tensor:
         with torch.no_grad():
             made = one_step_latents(networks, start, encoded.of(rows))
-        return velocity_step(rival, schedule, made, timesteps, noise, encoded.of(rows), rival_optimisers, rivals)
+        loss = velocity_error(rival, schedule, made, timesteps, noise, encoded.of(rows))
+        update(rival_optimisers, rivals, loss)
+        return loss.detach()
 
     def draw(of_canvas: RealImages) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         batch = batch_for(MATCH_BATCH, of_canvas.canvas, device)

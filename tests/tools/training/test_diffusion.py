@@ -1,5 +1,8 @@
 """The teacher's arithmetic, on teachers whose every answer is known."""
 
+import copy
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +12,20 @@ from diffusers import EulerAncestralDiscreteScheduler
 from torch import Tensor
 
 from tools.training import diffusion
-from tools.training.diffusion import NoiseSchedule, Teacher, column, denoise, denoise_guided, noise_schedule, solver_of
-from tools.training.layout import Conditioning
+from tools.training.diffusion import (
+    NoiseSchedule,
+    Teacher,
+    column,
+    denoise,
+    denoise_guided,
+    noise_schedule,
+    solver_of,
+    train_diffusion,
+)
+from tools.training.images import RealImages
+from tools.training.layout import Conditioning, Networks, token_ids
+from tools.training.progress import Progress
+from tools.training.prompts import Prompts
 
 CPU = torch.device("cpu")
 SCHEDULER = EulerAncestralDiscreteScheduler(
@@ -85,3 +100,55 @@ def test_guidance_goes_further_the_way_the_prompt_leads(schedule: NoiseSchedule)
     unprompted = denoise(unet, schedule, noisy, timesteps, encoded.of(rows + 1))
     guided = denoise_guided(Teacher(unet, schedule, encoded, CONFIG), noisy, timesteps, rows)
     torch.testing.assert_close(guided - unprompted, diffusion.GUIDANCE * (prompted - unprompted))
+
+
+@pytest.fixture
+def learnt(networks: Networks, begin: Callable[[str, int], Progress]) -> Callable[[], tuple[list[str], list[str]]]:
+    """Trains a teacher for some steps, on two canvases; what it says of its losses, and what it warns of."""
+    prompts = Prompts(token_ids(networks, ["a photo of an apple", ""]), torch.tensor([[0], [0]]), torch.ones(1))
+    generator = torch.Generator().manual_seed(3)
+    images = [
+        RealImages(torch.randint(256, (8, 3, size, size), generator=generator).byte(), torch.tensor([8]), first)
+        for first, size in enumerate((32, 64))
+    ]
+    unet = networks.unet
+
+    def train() -> tuple[list[str], list[str]]:
+        progress = begin("diffusion", 10)
+        train_diffusion(copy.deepcopy(networks), copy.deepcopy(unet), progress, prompts, images, lambda: None)
+        return progress.journal.lines, progress.log.warnings
+
+    return train
+
+
+def test_a_compiled_teacher_learns_as_one_that_is_not(
+    learnt: Callable[[], tuple[list[str], list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusion, "BATCH", 64)
+    plain, _ = learnt()
+    monkeypatch.setattr(diffusion, "COMPILES_FROM", {"cpu": 0.0})
+    compiled = []  # what is compiled is not generated: that takes minutes
+
+    def compiler(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    again, warnings = learnt()
+    assert len(compiled) == 2, "one for each canvas, and none of them anew in a step"
+    assert again == plain and not warnings
+
+
+def test_where_nothing_can_be_compiled_a_teacher_learns_all_the_same(
+    learnt: Callable[[], tuple[list[str], list[str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(diffusion, "BATCH", 64)
+    monkeypatch.setattr(diffusion, "COMPILES_FROM", {"cpu": 0.0})
+
+    def compiler(graph: Any, _: Any) -> Any:
+        raise FileNotFoundError("no compiler here")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=compiler))
+    lines, warnings = learnt()
+    assert len(lines) == 1
+    assert len(warnings) == 1 and "cannot compile" in warnings[0]

@@ -1,23 +1,19 @@
 """The student learns from a teacher whose every answer is known."""
 
 import copy
-import itertools
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from submission.log import Log
-from submission.plan.budget import Budget
 from tests.tools.training.test_diffusion import CONFIG, OfGaussians, numbered
-from tools.training import distil, layout, progress
+from tools.training import distil, layout
 from tools.training.diffusion import NoiseSchedule, Teacher, noise_schedule
 from tools.training.distil import Pairs, make_pairs, train_distil, train_match
 from tools.training.images import RealImages
 from tools.training.layout import Conditioning
-from tools.training.progress import Place, Progress
+from tools.training.progress import Progress
 from tools.training.prompts import Prompts
 
 CPU = torch.device("cpu")
@@ -27,28 +23,8 @@ IMAGES = [RealImages(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.ones(2,
 
 
 @pytest.fixture
-def networks(monkeypatch: pytest.MonkeyPatch) -> layout.Networks:
-    monkeypatch.setattr(layout, "UNET_WIDTHS", {"small": (32, 32)})
-    torch.manual_seed(0)
-    return layout.build_networks(["a photo of an apple"], "small", 32)
-
-
-@pytest.fixture
 def schedule(networks: layout.Networks) -> NoiseSchedule:
     return noise_schedule(networks.scheduler, CPU)
-
-
-@pytest.fixture
-def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], Progress]:
-    """A stage that has the time for so many steps: every look at the clock takes a second."""
-    monkeypatch.setattr(progress, "save", lambda _: None)
-
-    def make(stage: str, steps: int) -> Progress:
-        budget = Budget(10_000.0, 0.0, clock=itertools.count().__next__)
-        place = Place(stage, until=10_000.0, ends=steps, falls=steps // 2)
-        return Progress(tmp_path, budget, Log("kept", budget), {}, torch.Generator(), {"seed": 0}, place)
-
-    return make
 
 
 def embeddings() -> Conditioning:
@@ -68,7 +44,7 @@ def test_pairs_are_of_the_teachers_classes(
     schedule: NoiseSchedule, begin: Callable[[str, int], Progress], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distil, "PAIRS", 64)
-    monkeypatch.setattr(distil, "SOLVED_AT_ONCE", 64)
+    monkeypatch.setattr(distil, "SOLVED_AT_ONCE", 128)
     teacher = Teacher(OfGaussians(schedule, torch.tensor([2.0, -2.0, 0.0]), 0.3), schedule, numbered(3), CONFIG)
     (pairs,) = make_pairs(teacher, begin("pairs", 1), PROMPTS, IMAGES)
     assert len(pairs.rows) == 64 and set(pairs.rows.tolist()) == {0, 1}
@@ -80,7 +56,7 @@ def test_pairs_are_of_the_teachers_classes(
 def test_a_student_learns_where_the_teacher_leads(
     networks: layout.Networks, begin: Callable[[str, int], Progress], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distil, "DISTIL_BATCH", 64)
+    monkeypatch.setattr(distil, "DISTIL_BATCH", 128)
     noise = torch.randn(32, *layout.latent_shape(32), generator=torch.Generator().manual_seed(9))
     pairs = Pairs(noise.half(), (0.5 * noise + 1).half(), torch.zeros(32, dtype=torch.long))
     before = (samples(networks) - pairs.latents.float()).square().mean()
@@ -94,7 +70,7 @@ def test_a_student_moves_to_what_the_teacher_finds_likely(
     begin: Callable[[str, int], Progress],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(distil, "MATCH_BATCH", 32)
+    monkeypatch.setattr(distil, "MATCH_BATCH", 64)
     # With and without a prompt the same, so that guidance changes nothing.
     teacher = Teacher(OfGaussians(schedule, torch.tensor([1.0, 1.0, 1.0]), 0.5), schedule, embeddings(), CONFIG)
     rival = copy.deepcopy(networks.unet)
