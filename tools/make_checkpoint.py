@@ -28,7 +28,7 @@ from submission.arguments import Parser, exit_code_of, number_from
 from submission.errors import OutputError, UsageError
 from submission.model.checkpoint import LAYOUTS, WEIGHTS
 from submission.tasks import builtin_names, load_task
-from tools.training.layout import build_tokenizer
+from tools.training.layout import build_tokenizer, share
 from tools.training.prompts import all_prompts
 
 # A folder with configurations for each layout.
@@ -110,6 +110,7 @@ def make_checkpoint(folder: Path, layout: str, size: str, seed: int) -> None:
         for number, (component, network) in enumerate(networks.items()):
             file = folder / component / f"{WEIGHTS[component]}.fp16.safetensors"
             save_file(_random_weights(network, (seed, number)), file, metadata={"format": "pt"})
+            share(file)
             print(f"{file}: {file.stat().st_size / 1e6:,.1f} MB", flush=True)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"cannot write {folder} ({getattr(error, 'strerror', None) or error})") from error

@@ -41,6 +41,7 @@ def test_the_job_takes_it_for_what_it_is(small: Path) -> None:
     found = checkpoint.inspect(small, "test")
     assert {one.variant for one in found.weights.values()} == {"fp16"}
     assert (found.vae_factor, found.resolutions) == (8, (512,))
+    assert len({file.stat().st_mode for file in (small / "unet").iterdir()}) == 1, "some may be read by few"
 
 
 def test_a_seed_gives_the_same_weights_again(small: Path, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ VAE shrinks images by 4 instead of 8, and the UNet is trained to predict v (see 
 
 import copy
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, EulerAncestralDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -143,7 +145,9 @@ def build_networks(prompts: Sequence[str], size: str, canvas: int) -> Networks:
     ).eval()
     # What it learnt of photographs holds for others, on canvases of all sizes, for it has no attention. On two cores,
     # one that began from nothing came to 19 dB in 150 seconds, beside other work; this one came to 27 in 83.
-    vae = AutoencoderKL.from_pretrained(EMBEDDED / "vae", variant="fp16", torch_dtype=torch.float32).eval()
+    # Not by `from_pretrained`, which writes the folder that it read into every checkpoint.
+    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(EMBEDDED / "vae")).eval()
+    vae.load_state_dict(load_file(EMBEDDED / "vae" / "diffusion_pytorch_model.fp16.safetensors"))
     scheduler = EulerAncestralDiscreteScheduler(
         num_train_timesteps=1000,
         beta_start=0.00085,
@@ -237,3 +241,11 @@ def save_networks(networks: Networks, folder: Path) -> None:
         add_watermarker=False,
         **half,
     ).save_pretrained(folder, variant="fp16")
+    for name in TRAINED:
+        for weights in (folder / name).glob("*.safetensors"):
+            share(weights)
+
+
+def share(weights: Path) -> None:
+    """Let those read weights who may read the `config.json` beside them: safetensors' files are their owner's alone."""
+    shutil.copymode(weights.with_name("config.json"), weights)

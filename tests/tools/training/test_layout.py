@@ -1,8 +1,11 @@
 """The networks that are trained."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from submission.model.checkpoint import EMBEDDED
 from submission.tasks import load_task
 from tools.training import layout
 
@@ -29,3 +32,14 @@ def test_every_size_of_unet_takes_every_canvas(size: str, canvas: int) -> None:
         latents = layout.one_step_latents(networks, noise, conditioning)
         assert networks.vae.decode(latents / layout.LATENT_SCALE).sample.shape == (1, 3, canvas, canvas)
     assert networks.unet.config.sample_size * layout.LATENT_SHRINK == canvas
+
+
+def test_a_checkpoint_can_be_handed_on(tmp_path: Path) -> None:
+    """Others may read it, and it does not say where it was made."""
+    layout.save_networks(layout.build_networks(["a photo of an apple"], "small", 32), tmp_path)
+    files = sorted(tmp_path.rglob("*.json"))
+    assert tmp_path / "vae" / "config.json" in files
+    for file in files:
+        assert str(EMBEDDED) not in file.read_text() and str(tmp_path) not in file.read_text(), file
+    assert len(weights := list(tmp_path.rglob("*.safetensors"))) == len(layout.TRAINED)
+    assert {file.stat().st_mode for file in weights} == {files[0].stat().st_mode}
