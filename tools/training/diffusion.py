@@ -31,7 +31,7 @@ from tools.training.progress import (
 from tools.training.prompts import Prompts, encode_rows
 from tools.training.vae import ENCODED_AT_ONCE, encode_images
 
-BATCH = 2048
+BATCH = 1024
 RATE = 3e-3
 # Images of a step that share a prompt. With one each, the text encoders took a fourth of an H200's step; on two cores a
 # step for CIFAR-100's classes is 11% shorter so.
@@ -40,7 +40,7 @@ UNPROMPTED = 0.1  # share of samples learnt with the empty prompt, for guidance 
 GUIDANCE = 1.5  # of 1, 1.5 and 2.5 what an evaluator's network learnt most from: 0.324, 0.348, 0.311 of test_dev
 SOLVER_STEPS = 10
 # The UNet is compiled where the stage has so many seconds for every canvas.
-COMPILES_FROM = {"cuda": 100.0}
+COMPILES_FROM = {"cuda": 150.0}
 
 
 @dataclass(frozen=True)

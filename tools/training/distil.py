@@ -34,12 +34,12 @@ from tools.training.progress import (
 from tools.training.prompts import Prompts
 
 PAIRS = 200_000  # of noise and sample, at most
-SOLVED_AT_ONCE = 2048
+SOLVED_AT_ONCE = 1024
 
-DISTIL_BATCH = 2048
+DISTIL_BATCH = 1024
 DISTIL_RATE = 2e-3
 
-MATCH_BATCH = 1024
+MATCH_BATCH = 512
 MATCH_RATE = 5e-4
 RIVAL_RATE = 1e-3
 RIVAL_STEPS = 2  # of the rival for each of the student

@@ -37,8 +37,8 @@ SAVE_SECONDS = 60.0  # between saves of the state, the most that a kill loses
 CLIP_NORM = 1.0
 LOG_EVERY = 10  # steps that a line of the log is the mean of
 ADAMS_SHARE = 1 / 3  # of the rate, for what Muon does not take: text encoders, biases and norms
-# Of the batches that suit a GPU a CPU takes an eighth, for more steps in the same time; and so many images at least.
-LESS_ON_A_CPU = 8
+# Of the batches that suit a GPU a CPU takes a fourth, for more steps in the same time; and so many images at least.
+LESS_ON_A_CPU = 4
 LEAST_BATCH = 8
 
 

@@ -13,7 +13,7 @@ from tools.training.images import RealImages, to_unit
 from tools.training.layout import LATENT_SCALE, Networks, latent_shape
 from tools.training.progress import Progress, adam, batch_for, mean_batch, pick, record, seed_step, steps, update
 
-BATCH = 256
+BATCH = 128
 RATE = 5e-4  # a fourth of what suits weights that have learnt nothing yet
 SEEN_WEIGHT = 3.0  # of what the critic sees, a share of its variance; ten times less kept less that classes are told by
 KL_WEIGHT = 1e-3  # per latent, against an L1 of pixels in -1..1: keeps latents smooth, costs next to no detail

@@ -124,7 +124,7 @@ def learnt(networks: Networks, begin: Callable[[str, int], Progress]) -> Callabl
 def test_a_compiled_teacher_learns_as_one_that_is_not(
     learnt: Callable[[], tuple[list[str], list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diffusion, "BATCH", 64)
+    monkeypatch.setattr(diffusion, "BATCH", 32)
     plain, _ = learnt()
     monkeypatch.setattr(diffusion, "COMPILES_FROM", {"cpu": 0.0})
     compiled = []  # what is compiled is not generated: that takes minutes
@@ -142,7 +142,7 @@ def test_a_compiled_teacher_learns_as_one_that_is_not(
 def test_where_nothing_can_be_compiled_a_teacher_learns_all_the_same(
     learnt: Callable[[], tuple[list[str], list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diffusion, "BATCH", 64)
+    monkeypatch.setattr(diffusion, "BATCH", 32)
     monkeypatch.setattr(diffusion, "COMPILES_FROM", {"cpu": 0.0})
 
     def compiler(graph: Any, _: Any) -> Any:

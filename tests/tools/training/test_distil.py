@@ -44,7 +44,7 @@ def test_pairs_are_of_the_teachers_classes(
     schedule: NoiseSchedule, begin: Callable[[str, int], Progress], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distil, "PAIRS", 64)
-    monkeypatch.setattr(distil, "SOLVED_AT_ONCE", 128)
+    monkeypatch.setattr(distil, "SOLVED_AT_ONCE", 64)
     teacher = Teacher(OfGaussians(schedule, torch.tensor([2.0, -2.0, 0.0]), 0.3), schedule, numbered(3), CONFIG)
     (pairs,) = make_pairs(teacher, begin("pairs", 1), PROMPTS, IMAGES)
     assert len(pairs.rows) == 64 and set(pairs.rows.tolist()) == {0, 1}
@@ -56,7 +56,7 @@ def test_pairs_are_of_the_teachers_classes(
 def test_a_student_learns_where_the_teacher_leads(
     networks: layout.Networks, begin: Callable[[str, int], Progress], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distil, "DISTIL_BATCH", 128)
+    monkeypatch.setattr(distil, "DISTIL_BATCH", 64)
     noise = torch.randn(32, *layout.latent_shape(32), generator=torch.Generator().manual_seed(9))
     pairs = Pairs(noise.half(), (0.5 * noise + 1).half(), torch.zeros(32, dtype=torch.long))
     before = (samples(networks) - pairs.latents.float()).square().mean()
@@ -70,7 +70,7 @@ def test_a_student_moves_to_what_the_teacher_finds_likely(
     begin: Callable[[str, int], Progress],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(distil, "MATCH_BATCH", 64)
+    monkeypatch.setattr(distil, "MATCH_BATCH", 32)
     # With and without a prompt the same, so that guidance changes nothing.
     teacher = Teacher(OfGaussians(schedule, torch.tensor([1.0, 1.0, 1.0]), 0.5), schedule, embeddings(), CONFIG)
     rival = copy.deepcopy(networks.unet)
