@@ -39,7 +39,7 @@ ALIKE = 4
 UNPROMPTED = 0.1  # share of samples learnt with the empty prompt, for guidance (Ho & Salimans 2022)
 GUIDANCE = 1.5  # of 1, 1.5 and 2.5 what an evaluator's network learnt most from: 0.324, 0.348, 0.311 of test_dev
 SOLVER_STEPS = 10
-# The UNet is compiled where the stage has so many seconds for every canvas.
+# On these devices the UNet is compiled where the stage has so many seconds left for every canvas.
 COMPILES_FROM = {"cuda": 150.0}
 
 
@@ -117,7 +117,7 @@ def train_diffusion(
     latents = [_latents(networks.vae, of_canvas, progress) for of_canvas in images]
     model = unet
     if progress.place.until - progress.budget.elapsed >= COMPILES_FROM.get(device.type, math.inf) * len(images):
-        model = _compiled(unet, lambda model: (error(model, *draw(canvas)) for canvas in range(len(images))), progress)
+        model = _compiled(unet, lambda tried: (error(tried, *draw(canvas)) for canvas in range(len(images))), progress)
     run = [recorded(learn, device) for _ in images]  # one each: their shapes differ
     for _ in steps(progress, optimisers, mean_batch(BATCH, images, device), on_save):
         canvas = pick(progress, images)
