@@ -128,6 +128,7 @@ def _compiled(unet: Any, tries: Callable[[Any], Iterator[Tensor]], progress: Pro
     """The UNet, compiled for what the losses of `tries` hand it; as it is, with a warning, where torch cannot."""
     warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # diffusers asks a version
     compiled = torch.compile(unet, dynamic=False)
+    progress.log.say("compiling the UNet: about half a minute for each canvas")
     try:
         for loss in tries(compiled):
             torch.autograd.backward(loss)
