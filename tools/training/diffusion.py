@@ -39,7 +39,8 @@ ALIKE = 4
 UNPROMPTED = 0.1  # share of samples learnt with the empty prompt, for guidance (Ho & Salimans 2022)
 GUIDANCE = 1.5  # of 1, 1.5 and 2.5 what an evaluator's network learnt most from: 0.324, 0.348, 0.311 of test_dev
 SOLVER_STEPS = 10
-# On these devices the UNet is compiled where the stage has so many seconds left for every canvas.
+# On these devices the UNet is compiled where the stage has so many seconds left for every canvas. Each takes half a
+# minute, and an H200's steps are a third shorter then (docs/own-data.md); on a CPU it has not been tried.
 COMPILES_FROM = {"cuda": 150.0}
 
 

@@ -79,7 +79,8 @@ def make_pairs(teacher: Teacher, progress: Progress, prompts: Prompts, images: S
         noise = noise.half()
         made[canvas].append(Pairs(noise, solve[canvas](noise.float(), rows).half(), rows))
         place.step += 1
-        progress.log.status(Pace(place, count, (0, place.began), progress.budget.elapsed))
+        mean = (sum(counts) + count) / place.step
+        progress.log.status(Pace(place, mean, (0, place.began), progress.budget.elapsed))
     return [
         Pairs(*(torch.cat([getattr(part, name) for part in done]) for name in ("noise", "latents", "rows")))
         for done in made

@@ -241,9 +241,8 @@ def save_networks(networks: Networks, folder: Path) -> None:
         add_watermarker=False,
         **half,
     ).save_pretrained(folder, variant="fp16")
-    for name in TRAINED:
-        for weights in (folder / name).glob("*.safetensors"):
-            share(weights)
+    for weights in folder.rglob("*.safetensors"):
+        share(weights)
 
 
 def share(weights: Path) -> None:

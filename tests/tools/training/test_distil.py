@@ -13,7 +13,7 @@ from tools.training.diffusion import NoiseSchedule, Teacher, noise_schedule
 from tools.training.distil import Pairs, make_pairs, train_distil, train_match
 from tools.training.images import RealImages
 from tools.training.layout import Conditioning
-from tools.training.progress import Progress
+from tools.training.progress import Pace, Progress
 from tools.training.prompts import Prompts
 
 CPU = torch.device("cpu")
@@ -51,6 +51,23 @@ def test_pairs_are_of_the_teachers_classes(
     sides = pairs.latents.float().mean(dim=(1, 2, 3)).sign()
     assert torch.equal(sides, torch.where(pairs.rows == 0, 1.0, -1.0))
     assert pairs.noise.float().std().item() == pytest.approx(1, abs=0.05)
+
+
+def test_the_pace_of_pairs_is_that_of_all_canvases(
+    schedule: NoiseSchedule, begin: Callable[[str, int], Progress], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distil, "PAIRS", 400)
+    monkeypatch.setattr(distil, "SOLVED_AT_ONCE", 128)
+    both = [
+        RealImages(torch.zeros(1, 3, size, size, dtype=torch.uint8), torch.ones(1, dtype=torch.long), first)
+        for first, size in enumerate((32, 64))
+    ]
+    teacher = Teacher(OfGaussians(schedule, torch.tensor([2.0, -2.0, 0.0]), 0.3), schedule, numbered(3), CONFIG)
+    progress = begin("pairs", 1)
+    said: list[Pace] = []
+    monkeypatch.setattr(progress.log, "status", said.append)
+    made = make_pairs(teacher, progress, PROMPTS, both)
+    assert said[-1].batch * len(said) == sum(len(pairs.rows) for pairs in made)
 
 
 def test_a_student_learns_where_the_teacher_leads(
