@@ -15,9 +15,10 @@ from submission.plan.planner import Planner
 from submission.report.manifest import Digests
 from submission.request import JobRequest
 
-# What the report took on two busy CPU cores that had yet to read its libraries from the disk. With less time left it is
-# not begun, and so much is reserved for it where that is no more than this share of the budget.
-REPORT_SECONDS, REPORT_SECONDS_PER_CLASS, REPORT_SHARE = 2.0, 0.005, 0.05
+# What the report took on two busy CPU cores that had yet to read its libraries from the disk: so much is reserved for it
+# where that is no more than the first share of the budget. Idle cores took a quarter of it (0.6 s for 100 classes): it is
+# begun where the second share of it is left, and given up where it is not done in time.
+REPORT_SECONDS, REPORT_SECONDS_PER_CLASS, REPORT_SHARE, REPORT_LEAST = 2.0, 0.005, 0.05, 0.4
 # Seconds the last manifest may wait for the checkpoint's hashes, which were begun at the start.
 HASH_PATIENCE = 0.5
 
@@ -38,6 +39,7 @@ class Ending:
         self._request, self._sampling, self._engine, self._planner = request, sampling, engine, planner
         self._files, self._digests, self._log = files, digests, log
         self.complete = False
+        self._report_under_way = ""
 
     def overdue(self) -> bool:
         return self._planner.overdue()
@@ -64,6 +66,8 @@ class Ending:
         self._files.freeze()
         extent, spool = self._files.plan.in_place, self._files.spool
         if self.complete:
+            if self._report_under_way:
+                self._log.say(self._report_under_way)
             return
         if extent is None:
             if not spool.count:
@@ -125,9 +129,11 @@ class Ending:
         path = str(dataset.with_suffix(".json"))
         command = shlex.join(["./run.sh", "report", f"./{path}" if path.startswith("-") else path])
         later = f"{command} makes it"
-        if budget.usable - budget.exit_reserve < report_seconds(self._files.plan.composition.classes):
-            log.say(f"no time for the report: {later}")
+        no_time = f"no time for the report: {later}"
+        if budget.usable - budget.exit_reserve < REPORT_LEAST * report_seconds(self._files.plan.composition.classes):
+            log.say(no_time)
             return
+        self._report_under_way = no_time
         logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would complain where it cannot keep a cache
         try:
             from submission.report.page import write_report  # noqa: PLC0415  # its libraries are slow to import
@@ -137,6 +143,7 @@ class Ending:
             log.warn(f"no report ({first_line(error)}): {later}")
         else:
             log.say(f"{page}: what happened, written {budget.left:.1f} s before the deadline")
+        self._report_under_way = ""
 
 
 def idle_time(planner: Planner, sampling: Sampling) -> str | None:

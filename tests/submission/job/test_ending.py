@@ -377,6 +377,7 @@ def test_a_report_that_takes_too_long_is_left_undone(tmp_path: Path) -> None:
     kill(process, signal.SIGTERM)
     assert end(process, GRACE) == 0, said(output)
     assert manifest_of(output)["ipc"] == 2 and not (output / "cifar100.html").exists()
+    assert "no time for the report: ./run.sh report" in said(output)
     assert end(forked.start(output, "--max-ipc", "1")) == 0, "nobody is kept out of the folder"
     assert manifest_of(output)["warnings"] == []
 
