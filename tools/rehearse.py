@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from submission import cli
 from submission.arguments import Parser, exit_code_of, parse_seconds
 from submission.errors import InputFileError
 from submission.tasks import Task, load_task
@@ -40,13 +41,15 @@ def build_parser() -> Parser:
     parser = Parser(
         prog="./run.sh rehearse",
         description="Runs the job in a process group of its own under a hard limit, kills it at the limit, audits what "
-        "is on disk, and says pass or fail of every file, with the margin left. All other options go to the job.",
+        "is on disk, and says pass or fail of every file, with the margin left. TASK and all other options are the "
+        "job's: ./run.sh --help tells of them.",
         epilog="examples:\n  ./run.sh rehearse cifar100 --limit 10m --max-ipc 10000\n"
         "  ./run.sh rehearse cifar100 tinyimagenet --limit 20m\n\n"
         "exit codes: 0 pass; 2 usage; 6 fail",
     )
+    # No positional argument: it would take the values of the job's options for its own.
+    parser.usage = f"{parser.prog} TASK... [--limit TIME] [--output DIR] [the job's options]"
     add = parser.add_argument
-    add("tasks", nargs="+", metavar="TASK", help="the job's: a built-in one, or the path of a task's .toml")
     add(
         "--limit",
         default="600",
@@ -60,15 +63,18 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     options, passed_on = build_parser().parse_known_args(arguments)
-    return exit_code_of(lambda: rehearse(options, passed_on))
+    job = cli.build_parser().parse_args(passed_on)
+    return exit_code_of(lambda: rehearse(options, job, passed_on))
 
 
-def rehearse(options: argparse.Namespace, passed_on: Sequence[str]) -> int:
-    """Runs the job and judges it; returns the exit code. Raises UsageError."""
-    limit, tasks = parse_seconds(options.limit, "--limit"), [load_task(one) for one in options.tasks]
+def rehearse(options: argparse.Namespace, job: argparse.Namespace, passed_on: Sequence[str]) -> int:
+    """Runs the job on the arguments that are `passed_on`, which mean the options `job`, and judges it; returns the exit
+    code. Raises UsageError."""
+    limit, tasks = parse_seconds(options.limit, "--limit"), [load_task(one) for one in job.tasks]
     # One that is resumed may leave a file as it is.
-    written_after = 0 if "--resume" in passed_on else time.time_ns()
-    seconds, code = run_job(options.tasks, limit, options.output, passed_on)
+    written_after = 0 if job.resume else time.time_ns()
+    time_limit = "--budget" if len(tasks) == 1 else "--total"
+    seconds, code = run_job([time_limit, f"{limit:g}s", "--output", str(options.output), *passed_on], limit)
     judgements = [judge(task, options.output, written_after) for task in tasks]
     failed = judgements if code is None else [one for one in judgements if one.faults]
     if code:
@@ -93,17 +99,15 @@ def rehearse(options: argparse.Namespace, passed_on: Sequence[str]) -> int:
     return InputFileError.exit_code if failed else 0
 
 
-def run_job(names: Sequence[str], limit: float, output: Path, options: Sequence[str]) -> tuple[float, int | None]:
-    """Runs the job with `options`, and `limit` seconds for all tasks. Returns the seconds after which it was gone, and
-    its exit code, None where it was killed at the limit."""
-    time_limit = "--budget" if len(names) == 1 else "--total"
-    command = [str(RUN), *names, time_limit, f"{limit:g}s", "--output", str(output), *options]
+def run_job(arguments: Sequence[str], limit: float) -> tuple[float, int | None]:
+    """Runs the job for at most `limit` seconds. Returns the seconds after which it was gone, and its exit code, None
+    where it was killed at the limit."""
     environment = dict(os.environ)
     environment.pop("BANKO_STARTED_AT", None)  # which a harness outside does not set
     environment.setdefault("BANKO_PYTHON", sys.executable)
     code: int | None = None
     began = time.monotonic()
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen([str(RUN), *arguments], env=environment, start_new_session=True)
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(limit - (time.monotonic() - began))

@@ -119,7 +119,24 @@ def test_several_tasks_share_the_limit_and_all_files_are_judged(
     code, out = run(job_of_two, capsys, tasks=BOTH)
     assert code == 0 and "pass: tiny, IPC 2 (1 rounds)" in out and "pass: other, IPC 2 (2 rounds)" in out
     arguments = (job_of_two.parent / "arguments").read_text()
-    assert "--total 20s" in arguments and "--budget" not in arguments and "tiny.toml" in arguments.split()[0]
+    assert "--total 20s" in arguments and "--budget" not in arguments and "tiny.toml" in arguments
+
+
+def test_options_of_the_job_may_stand_before_its_task(job: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(job, *GOOD)
+    task = str(job.parent / "tiny.toml")
+    assert rehearse.main(["--model", "embedded", "--output", str(job.parent / "out"), task]) == 0
+    assert "pass: tiny" in capsys.readouterr().out
+
+
+def test_a_word_that_the_job_does_not_know_is_refused_before_it_starts(
+    job: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(job, "touch started")
+    with pytest.raises(SystemExit) as refusal:
+        rehearse.main(["cifar100", "--modle", "embedded"])
+    assert refusal.value.code == 2 and "--modle" in capsys.readouterr().err
+    assert not (job.parent / "started").exists()
 
 
 @pytest.mark.parametrize(
