@@ -80,6 +80,7 @@ def _read(file: Path, component: str, configs: Mapping[str, Any]) -> tuple[dict[
         every, of_every = StableDiffusionXLLoraLoaderMixin.lora_state_dict(weights, unet_config=unet_config)
         alpha, of_some = header.get(f"{prefix}lora_alpha"), dict(header.get(f"{prefix}alpha_pattern") or {})
         endings = [] if alpha is None else [("", float(alpha)), *((end, float(own)) for end, own in of_some.items())]
+        by_root = bool(header.get(f"{prefix}use_rslora"))
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         reason = shorten(str(error), 200, placeholder=" ...")
         raise CheckpointError(f"{file} is no LoRA that is understood ({reason})") from error
@@ -89,8 +90,10 @@ def _read(file: Path, component: str, configs: Mapping[str, Any]) -> tuple[dict[
         {_spelt(name.removeprefix(prefix)): value for name, value in found.items() if name.startswith(prefix)}
         for found in (every, of_every or {})
     )
-    stems = [name.removesuffix(DOWN) for name in factors]
-    told = {stem: value for end, value in endings for stem in stems if stem.endswith(end)}
+    ranks = {name.removesuffix(DOWN): len(factor) for name, factor in factors.items() if name.endswith(DOWN)}
+    told = {stem: value for end, value in endings for stem in ranks if stem.endswith(end)}
+    if by_root:  # alpha / sqrt(rank) * up @ down (Kalajdzievski, 2023, arXiv 2312.03732)
+        told = {stem: value * ranks[stem] ** 0.5 for stem, value in told.items()}
     told |= {name.removesuffix(".alpha").removesuffix(DOWN): float(value) for name, value in alphas.items()}
     return factors, told
 

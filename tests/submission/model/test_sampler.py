@@ -163,19 +163,22 @@ def test_no_negative_prompt_is_one_of_zeros_where_nothing_is_said(tmp_path: Path
     torch.testing.assert_close(latents, theirs(pipe, Card("sdxl", ""), 2, 3.0, draws, "latent"), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.parametrize("by_root", [False, True])
 @pytest.mark.parametrize("pattern", [{}, {"to_q": 8}])
-def test_a_lora_has_the_alphas_that_diffusers_writes_beside_it(pattern: dict[str, int], tmp_path: Path) -> None:
+def test_a_lora_has_the_alphas_that_diffusers_writes_beside_it(
+    pattern: dict[str, int], by_root: bool, tmp_path: Path
+) -> None:
     save_base("sd", tmp_path)
     weight, random = load_file(tmp_path / UNET), torch.Generator().manual_seed(1)
     name = next(name for name in weight if name.endswith("attn1.to_q.weight")).removesuffix(".weight")
     down, up = torch.randn(2, 16, generator=random), torch.randn(16, 2, generator=random)
-    told = {"unet.r": 2, "unet.lora_alpha": 4, "unet.alpha_pattern": pattern}
+    told = {"unet.r": 2, "unet.lora_alpha": 4, "unet.alpha_pattern": pattern, "unet.use_rslora": by_root}
     factors = {f"unet.{name}.lora_A.weight": down, f"unet.{name}.lora_B.weight": up}
     save_file(factors, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": json.dumps(told)})
     recipe = replace(plain(tmp_path, Sampling(steps=1)), lora=Part(str(tmp_path / "lora.safetensors"), weight=0.5))
     unet = pipeline.load_unet(inspect_recipe(recipe, "test"), CPU, torch.float32)
     change = unet.get_submodule(name).weight - weight[f"{name}.weight"]
-    torch.testing.assert_close(change, 0.5 * (pattern.get("to_q", 4) / 2) * up @ down)
+    torch.testing.assert_close(change, 0.5 * (pattern.get("to_q", 4) / (2**0.5 if by_root else 2)) * up @ down)
 
 
 def test_a_lora_changes_text_encoders_too(tmp_path: Path) -> None:
