@@ -63,7 +63,7 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     options, passed_on = build_parser().parse_known_args(arguments)
-    job = cli.build_parser().parse_args(passed_on)
+    job = cli.build_parser().parse_intermixed_args(passed_on)
     return exit_code_of(lambda: rehearse(options, job, passed_on))
 
 
