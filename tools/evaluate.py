@@ -12,9 +12,10 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,9 +26,8 @@ from submission.machine.device import choose_device
 from submission.machine.disk import write_json, write_whole
 from submission.machine.limits import cores
 from submission.machine.memory import keep_freed_memory, memory_free
-from submission.report.page import render
 from submission.tasks import Task, builtin_names, load_task
-from tools.reading.manifests import check_it_describes, read_manifest
+from tools.reading.manifests import page_about, read_manifest
 from tools.reading.real_images import find_test_images
 from tools.reading.tensor_files import read_submission
 from tools.scoring.fast import Arithmetic, make_forward, probe
@@ -110,7 +110,8 @@ def evaluate(options: argparse.Namespace) -> None:
     # Once, before the first run: the runs and tasks that follow go on with the generator as they find it.
     torch.manual_seed(options.seed)
     scores = [score_task(entry, schedule, options.runs, device, arithmetic) for entry in entries]
-    write_results(scores, options, device, arithmetic)
+    results = write_results(scores, options, device, arithmetic)
+    write_reports(scores, results, options)
     print(summary(scores))
 
 
@@ -266,9 +267,9 @@ class Progress:
 
 def write_results(
     scores: list[Score], options: argparse.Namespace, device: torch.device, arithmetic: Arithmetic | None
-) -> None:
-    """`scores.txt`, the organisers' one line, `results.json`, the learning curves, and a report on every file whose
-    run left its manifest. Raises OutputError."""
+) -> dict[str, Any]:
+    """`scores.txt`, the organisers' one line, the learning curves, and `results.json`, whose content is returned.
+    Raises OutputError."""
     folder: Path = options.output_dir
     write_whole(folder / "scores.txt", f"correct: {overall(scores)}".encode())
     write_whole(folder / "learning_curves.png", draw_curves(scores))
@@ -283,16 +284,19 @@ def write_results(
     }
     results = figures(scores) | settings
     write_json(folder / "results.json", results)
+    return results
+
+
+def write_reports(scores: list[Score], results: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """A report with the score on every file whose run left its manifest. Raises OutputError."""
     for score in scores:
-        name = score.entry.task.name
+        task, path = score.entry.task, options.submit_dir / f"{score.entry.task.name}.json"
         try:
-            manifest = read_manifest(options.submit_dir / f"{name}.json")
-            check_it_describes(manifest, score.entry.task, score.entry.train.images)
+            page = page_about(path, read_manifest(path), task, score.entry.train.images, results)
         except InputFileError as error:
-            print(f"no report on {name}: {error}")
+            print(f"no report on {task.name}: {error}")
         else:
-            page = render(score.entry.task, manifest, score.entry.train.images, results)
-            write_whole(folder / f"{name}.html", page.encode())
+            write_whole(options.output_dir / f"{task.name}.html", page)
 
 
 def duration(seconds: float) -> str:

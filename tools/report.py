@@ -12,9 +12,8 @@ from pathlib import Path
 from submission.arguments import Parser, exit_code_of
 from submission.errors import InputFileError
 from submission.machine.disk import write_whole
-from submission.report.page import render
 from submission.tasks import load_task
-from tools.reading.manifests import check_it_describes, read_json, read_manifest
+from tools.reading.manifests import page_about, read_json, read_manifest
 from tools.reading.tensor_files import read_submission
 
 
@@ -49,8 +48,7 @@ def _make_page(options: argparse.Namespace) -> None:
     if results is not None and task.name not in results.get("tasks", {}):
         raise InputFileError(f"{options.results}: no results of evaluate for {task.name}")
     page = options.page or options.manifest.with_suffix(".html")
-    check_it_describes(manifest, task, images)
-    write_whole(page, render(task, manifest, images, results).encode())
+    write_whole(page, page_about(options.manifest, manifest, task, images, results))
     print(page)
 
 

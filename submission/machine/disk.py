@@ -68,6 +68,15 @@ def _advice(error: OSError) -> str:
     )
 
 
+def read_bytes(file: Path, most: int) -> bytes:
+    """All of a file that is to have `most` bytes at most. Raises OSError, and ValueError where it has more."""
+    with file.open("rb") as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it is larger than {most >> 20} MiB")
+    return content
+
+
 def goes_with_the_container(folder: Path) -> bool:
     """Whether what is written there is lost with the container that this process runs in, since nothing is mounted."""
     if CONTAINER not in os.environ:

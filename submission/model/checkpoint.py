@@ -29,6 +29,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from submission.errors import CheckpointError, UsageError, first_line
+from submission.machine.disk import read_bytes
 from submission.model.recipe import Recipe, Sampling
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
@@ -51,6 +52,10 @@ LATENT_CHANNELS = 4
 LFS_POINTER = b"version https://git-lfs"
 # A fingerprint takes so many samples of so many bytes from every weight file, evenly spaced.
 FINGERPRINT_SAMPLES, FINGERPRINT_BYTES = 16, 1 << 14
+# Bytes of names and shapes in a file of torch.save at most: those of SDXL's UNet take 0.3 million.
+MOST_PICKLE = 1 << 24
+# Bytes of a configuration or a vocabulary at most: the largest tokenizer.json there are have 20 million.
+MOST_TEXT = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def inspect_recipe(recipe: Recipe, source: str) -> Checkpoint:
     if kind not in LAYOUTS:
         raise CheckpointError(f"{path} holds a {kind}, and not one of those that are read: {', '.join(LAYOUTS)}")
     texts = [component for component in LAYOUTS[kind] if component.startswith("text_encoder")]
-    tokenizers = [component.replace("text_encoder", "tokenizer") for component in texts]
+    tokenizers = [_tokenizer(text) for text in texts]
     _check_differing(recipe.weights, (*LAYOUTS[kind], *tokenizers, "scheduler"))
     weights = {component: _find_weights(recipe, component) for component in LAYOUTS[kind]}
     configs = {component: _read_json(found.folder / "config.json") for component, found in weights.items()}
@@ -145,11 +150,11 @@ def inspect_recipe(recipe: Recipe, source: str) -> Checkpoint:
     for folder in [_folder(recipe, name) for name in tokenizers]:
         configs[folder.name] = _read_json(folder / "tokenizer_config.json")
         # Without its vocabulary a tokenizer loads all the same, and takes every word for unknown.
-        if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+        vocabulary = _vocabulary(folder)
+        if not {"tokenizer.json", "vocab.json"} & {file.name for file in vocabulary}:
             raise CheckpointError(f"{folder / 'vocab.json'} is missing (tokenizer.json, too)")
-        for file in map(folder.joinpath, ("tokenizer.json", "vocab.json", "merges.txt")):
-            if file.is_file():
-                _check_text(file)
+        for file in vocabulary:
+            _check_text(file)
     for file in dict.fromkeys(chain.from_iterable(found.files for found in weights.values())):
         _check_weights(file)
     if recipe.lora:
@@ -238,13 +243,17 @@ def read_ahead(checkpoint: Checkpoint) -> None:
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Which checkpoint it is, in no time: a digest of configurations, and of lengths and samples of the weight files.
+    """Which checkpoint it is, in no time: a digest of configurations and vocabularies, and of lengths and samples of
+    the weight files.
 
     Enough to tell one training from another, as `weight_digests` does in seconds. Raises CheckpointError.
     """
     lora = checkpoint.recipe.lora
     told = {"configs": checkpoint.configs, "lora": lora and lora.weight}
     digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode())
+    for folder in [checkpoint.folder(_tokenizer(text)) for text in checkpoint.text_encoders]:
+        for file in _vocabulary(folder):
+            digest.update(hashlib.sha256(_check_text(file)).digest())
     for file in _all_files(checkpoint):
         try:
             with file.open("rb") as stream:
@@ -265,10 +274,12 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
             return {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
     import torch  # noqa: PLC0415  # slow to import, and few checkpoints need it here
 
+    # What torch wrote before version 1.6 is no zip, and is read whole.
+    if zipped := zipfile.is_zipfile(file):
+        _check_archive(file)
     try:
-        # What torch wrote before version 1.6 is no zip, and is read whole.
-        tensors = torch.load(file, map_location="meta", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except (RuntimeError, EOFError, zipfile.BadZipFile) as error:
+        tensors = torch.load(file, map_location="meta", mmap=zipped, weights_only=True)
+    except (RuntimeError, EOFError) as error:
         raise ValueError(first_line(error)) from error
     except Exception as error:  # pickle.UnpicklingError, and whatever a hostile pickle makes of the reader
         raise ValueError("it holds other things than tensors, which may run code when they are read") from error
@@ -277,6 +288,28 @@ def shapes(file: Path) -> dict[str, tuple[int, ...]]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ValueError("it holds other things than tensors by their names")
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _check_archive(file: Path) -> None:
+    """Raises ValueError where reading no more than names and shapes might take any amount of memory."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except zipfile.BadZipFile as error:
+        raise ValueError(first_line(error)) from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("its archive is compressed, which torch.save never does")
+    if any(entry.filename.endswith(".pkl") and entry.file_size > MOST_PICKLE for entry in entries):
+        raise ValueError(f"names and shapes take more than {MOST_PICKLE >> 20} MiB")
+
+
+def _tokenizer(text_encoder: str) -> str:
+    return text_encoder.replace("text_encoder", "tokenizer")
+
+
+def _vocabulary(tokenizer: Path) -> list[Path]:
+    files = map(tokenizer.joinpath, ("tokenizer.json", "vocab.json", "merges.txt"))
+    return [file for file in files if file.is_file()]
 
 
 def _name(checkpoint: Checkpoint, file: Path) -> str:
@@ -400,15 +433,19 @@ def _cross_attention_width(file: Path) -> int:
     return sum(shape[0] for name, shape in shapes(file).items() if name.endswith(layers))
 
 
-def _check_text(file: Path) -> None:
-    """A tokenizer would read an empty file, and take it for one without merges."""
+def _check_text(file: Path) -> bytes:
+    """What is in the file. Raises CheckpointError, also where it is empty: a tokenizer would take that for one without
+    merges."""
     try:
-        content = file.read_bytes()
+        content = read_bytes(file, MOST_TEXT)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file} is no tokenizer's: {error}") from error
     _refuse_pointer(file, content)
     if not content.strip():
         raise CheckpointError(f"{file} is empty: fetch it again")
+    return content
 
 
 def _refuse_pointer(file: Path, content: bytes) -> None:
@@ -418,7 +455,7 @@ def _refuse_pointer(file: Path, content: bytes) -> None:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        text = file.read_bytes()
+        text = read_bytes(file, MOST_TEXT)
         _refuse_pointer(file, text)
         content = json.loads(text)
     except FileNotFoundError as error:

@@ -113,15 +113,17 @@ def parse_prompts(path: Path, task: Task, tasks: Sequence[Task] = ()) -> dict[st
     known = {unicodedata.normalize("NFC", c.name) for one in (task, *tasks) for c in one.classes}
     told: dict[str, str] = {}
     for key, prompts in document.items():
-        place, name = source.find(key, (0, len(source.text))), unicodedata.normalize("NFC", key)
+        name, wrong = unicodedata.normalize("NFC", key), None
         if name not in known:
             close = did_you_mean(difflib.get_close_matches(name, known, n=1))
-            raise source.refusal(place, f"{task.name} has no class {key!r}{close}")
-        if name in told:
-            raise source.refusal(place, f"{key!r} is there twice, in two forms of Unicode that look the same")
+            wrong = f"{task.name} has no class {key!r}{close}"
+        elif name in told:
+            wrong = f"{key!r} is there twice, in two forms of Unicode that look the same"
+        elif not isinstance(prompts, list) or not prompts or any(_text(prompt) for prompt in prompts):
+            wrong = f"{key} must be a list of prompts, strings of one line, not empty"
+        if wrong:
+            raise source.refusal(source.find(key, (0, len(source.text))), wrong)
         told[name] = key
-        if not isinstance(prompts, list) or not prompts or any(_text(prompt) for prompt in prompts):
-            raise source.refusal(place, f"{key} must be a list of prompts, strings of one line, not empty")
     if missing := [name for name in names if name not in told]:
         raise UsageError(f"{path}: no prompts for {len(missing)} classes of {task.name}, the first is {missing[0]!r}")
     return {own: tuple(document[told[name]]) for name, own in names.items()}

@@ -125,6 +125,12 @@ def test_the_report_on_the_run_gets_the_score(
     ):
         assert text in page and text not in before
     assert (tmp_path / "submit/tiny.html").read_text() == before
+    (tmp_path / "submit/tiny.json").write_text('{"task": "tiny", "ipc": 4, "progress": {}}')
+    capsys.readouterr()
+    assert evaluate.main([*folders, *SHORT]) == 0
+    said = capsys.readouterr().out
+    assert "no report on tiny: " in said and "not the manifest of a run by this version" in said
+    assert said.splitlines()[-1].startswith("correct: ")
 
 
 def test_labels_are_told_by_position(folders: list[str], tmp_path: Path) -> None:

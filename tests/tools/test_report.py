@@ -43,6 +43,17 @@ def test_files_that_are_not_a_run_s_are_refused(
     assert "tells of 9 images for tiny, and these are 6 for tiny: it belongs to another file" in refusal()
     manifest.write_text('{"tasks": {}}')
     assert "not the manifest of a run" in refusal()
+    for changes in ({"task": 5}, {"ipc": "2"}, {"ipc": None}):
+        manifest.write_text(json.dumps(content | changes))
+        assert "not the manifest of a run" in refusal()
+    for lacking in ("warnings", "steps", "plans", "decoder"):
+        manifest.write_text(json.dumps({name: value for name, value in content.items() if name != lacking}))
+        assert f"not the manifest of a run by this version ('{lacking}" in refusal().replace("KeyError(", "")
+    for changes in ({"phases_from_to": 3}, {"rounds": "many"}, {"budget_seconds": None}):
+        manifest.write_text(json.dumps(content | changes))
+        assert "not the manifest of a run by this version" in refusal()
+    manifest.write_text("[" * 200_000)
+    assert "not JSON" in refusal()
     manifest.write_text("[1]")
     assert "a list" in refusal()
     manifest.write_text("{")

@@ -36,8 +36,8 @@ NOT_OURS = {"__MACOSX", "lost+found"}
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
 # The part of the free memory that test images may take: training wants some, too.
 MEMORY_SHARE = 0.5
-# Files that are read together where their pixels are not kept.
-READ_AT_ONCE = 256
+# Pixels of the images that are read together where they are not kept: half a gigabyte while they are summed up.
+PIXELS_AT_ONCE = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -137,8 +137,9 @@ def mean_and_deviation(files: Sequence[Path], size: int) -> tuple[list[float], l
     Raises InputFileError.
     """
     sums, squares = np.zeros(3), np.zeros(3)
-    for first in range(0, len(files), READ_AT_ONCE):
-        pixels = read_images(files[first : first + READ_AT_ONCE], size).numpy() / 255
+    step = max(1, PIXELS_AT_ONCE // size**2)
+    for first in range(0, len(files), step):
+        pixels = read_images(files[first : first + step], size).numpy() / 255
         sums += pixels.mean((2, 3)).sum(0)
         squares += np.square(pixels).mean((2, 3)).sum(0)
     mean = sums / len(files)

@@ -11,6 +11,7 @@ from torchvision.datasets import CIFAR100
 
 from submission.dataset.dataset_file import mean_and_std
 from submission.errors import InputFileError
+from submission.machine.disk import read_bytes
 from submission.tasks import Task, load_task
 from tools.reading.image_folder import Pictures, find_images, read_class_folders, read_images
 from tools.reading.tensor_files import LabelledImages, read_labelled
@@ -19,6 +20,8 @@ Part = Literal["train", "test"]
 # Folders that hold a part of a data set, one folder per class in each.
 PART_FOLDERS: dict[Part, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
 TINY_IMAGENET = "tiny-imagenet-200"
+# Bytes of a list of images and their classes at most: Tiny-ImageNet's has 0.3 million.
+MOST_LISTING = 1 << 24
 # Tensors are resized so many at once.
 RESIZED_AT_ONCE = 2048
 
@@ -115,8 +118,9 @@ def _tiny_imagenet(where: Path, task: Task, size: int) -> Pictures:
     if not there and (found := read_class_folders(where / "val", task, size)):
         return found
     try:
-        others = set((where / "wnids.txt").read_text("utf-8-sig").split()) if (where / "wnids.txt").is_file() else set()
-        lines = [line for line in listing.read_text("utf-8-sig").splitlines() if line.strip()]
+        all_ids = where / "wnids.txt"
+        others = set(_read_lines(all_ids)) if all_ids.is_file() else set()
+        lines = [line for line in _read_lines(listing) if line.strip()]
         rows = [(images / name, wnid) for name, wnid, *_ in (line.split("\t") for line in lines)]
     except (OSError, ValueError) as error:
         raise InputFileError(f"{listing}: cannot be read as lines of an image, a tab and a class ({error})") from error
@@ -127,6 +131,10 @@ def _tiny_imagenet(where: Path, task: Task, size: int) -> Pictures:
         raise InputFileError(f"{listing}: the images it names cannot be read: {one} is not in it and in {images}")
     own = [(file, index[wnid]) for file, wnid in rows if wnid in index]
     return Pictures(read_images([file for file, _ in own], size), torch.tensor([label for _, label in own]))
+
+
+def _read_lines(file: Path) -> list[str]:
+    return read_bytes(file, MOST_LISTING).decode("utf-8-sig").splitlines()
 
 
 def resized(pixels: Tensor, size: int) -> Tensor:

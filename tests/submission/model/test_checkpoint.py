@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from submission.errors import CheckpointError, UsageError
 from submission.log import Log
 from submission.model import checkpoint
-from submission.model.checkpoint import inspect, inspect_recipe, plain, weight_digests
+from submission.model.checkpoint import fingerprint, inspect, inspect_recipe, plain, shapes, weight_digests
 from submission.model.choice import ModelRequest, choose, recognise
 from submission.model.generator import load_generator
 from submission.model.image_spec import ImageSpec
@@ -173,6 +174,40 @@ def test_the_identity_follows_the_weights(copy: Path) -> None:
     file.write_bytes(content)
     after = weight_digests(inspect(copy, "test"))
     assert {name for name in before if before[name] != after[name]} == {"vae/diffusion_pytorch_model.fp16.safetensors"}
+
+
+def test_another_vocabulary_makes_another_checkpoint(copy: Path) -> None:
+    before = fingerprint(inspect(copy, "test"))
+    assert fingerprint(inspect(copy, "test")) == before
+    file = copy / "tokenizer/tokenizer.json"
+    file.write_text(file.read_text() + "\n")
+    assert fingerprint(inspect(copy, "test")) != before
+
+
+@pytest.mark.parametrize("fault", ["compressed", "long"])
+def test_a_pickle_that_would_take_any_memory_is_refused(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "unet.bin"
+    torch.save({f"layer.{number}.weight": torch.ones(1) for number in range(100)}, file)
+    assert len(shapes(file)) == 100
+    if fault == "long":
+        monkeypatch.setattr(checkpoint, "MOST_PICKLE", 1000)
+    else:
+        with zipfile.ZipFile(file) as stored:
+            content = {name: stored.read(name) for name in stored.namelist()}
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, data in content.items():
+                archive.writestr(name, data)
+    with pytest.raises(ValueError, match="compressed" if fault == "compressed" else "take more than"):
+        shapes(file)
+
+
+def test_a_configuration_without_end_is_not_read_whole(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "MOST_TEXT", 1 << 20)
+    (copy / "unet/config.json").write_text(" " * (1 << 20) + "{}")
+    with pytest.raises(CheckpointError, match="larger than 1 MiB"):
+        inspect(copy, "test")
 
 
 def test_files_of_one_name_are_told_apart(copy: Path, checkpoint_folder: Path) -> None:
