@@ -68,6 +68,8 @@ class JobRequest:
             "prompts_file": str(image.prompts_file) if image.prompts_file else None,
             "classes": len(image.task.classes),
             "size": image.task.size,
+            "mean": list(image.task.mean),
+            "std": list(image.task.std),
             "max_ipc": self.composition.cap,
             "copies_per_image": self.composition.copies,
             "max_pool": self.composition.pool,

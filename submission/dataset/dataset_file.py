@@ -112,8 +112,8 @@ def write_dataset(
                 pool.submit(verify, scratch, spec, check).result()
             else:
                 verify(scratch, spec, check)
-        check(1.0)
         with placing or nullcontext():
+            check(1.0)  # here, for a better file may have come into place while this one waited
             scratch.replace(path)
         return waited
     except OSError as error:

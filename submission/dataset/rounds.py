@@ -79,10 +79,11 @@ def prepare_spool(folder: Path, classes: int, size: int, identity: Mapping[str, 
     """
     label, records = folder / "identity.json", folder / RECORDS
     try:
-        found = records.stat().st_size // _stride((classes, 3, size, size)) if records.exists() else 0
-        if resume and found:
+        written = records.stat().st_size if records.exists() else 0
+        if resume and written:
             _compare(label, identity)
-        else:
+        found = written // _stride((classes, 3, size, size))
+        if not resume or not found:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             label.write_text(json.dumps(dict(identity), indent=1) + "\n")

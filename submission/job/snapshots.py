@@ -91,7 +91,7 @@ class SnapshotWriter:
         return done
 
     def abandon(self) -> None:
-        """Gives up a snapshot in the making. None can be put in place afterwards."""
+        """Gives up a snapshot in the making: none begins to come into place afterwards."""
         self._abandoned = True
         if self._thread:
             self._thread.join(ABANDON_PATIENCE)

@@ -117,6 +117,7 @@ def _fingerprint(folder: Path, output: Path) -> str:
         seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            found = Path(path, name).lstat()
+            file = Path(path, name)
+            found = file.stat() if file.exists() else file.lstat()
             digest.update(f"{path}/{name} {found.st_size} {found.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()

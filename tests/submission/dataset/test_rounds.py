@@ -109,6 +109,8 @@ def test_a_spool_of_something_else_is_refused_with_the_difference(tmp_path: Path
     make_spool(folder, make_rounds(2))
     with pytest.raises(UsageError, match="seed was 0 and is now 7"):
         prepare_spool(folder, 3, 8, {**IDENTITY, "seed": "7"}, resume=True)
+    with pytest.raises(UsageError, match="task was tiny and is now large"):  # of rounds that are no whole one of these
+        prepare_spool(folder, 300, 8, {**IDENTITY, "task": "large"}, resume=True)
     (folder / "identity.json").write_text("[]")
     with pytest.raises(UsageError, match="is damaged"):
         prepare_spool(folder, 3, 8, IDENTITY, resume=True)

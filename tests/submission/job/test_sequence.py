@@ -190,7 +190,10 @@ def test_what_the_words_and_the_model_say_counts_too(tmp_path: Path, checkpoint_
         recipe.write_text(model.format(eta))
         assert end(forked.start(tmp_path / "out", *options, tasks=[str(task), str(twin)])) == 0, said(tmp_path / "out")
         left.append(said(tmp_path / "out").count("complete before this run"))
-    assert left == [0, 2, 2, 2], "in all"
+    task.write_text(TINY_TASK.replace("mean = [0.5,", "mean = [0.6,"))
+    assert end(forked.start(tmp_path / "out", *options, tasks=[str(task), str(twin)])) == 0, said(tmp_path / "out")
+    left.append(said(tmp_path / "out").count("complete before this run"))
+    assert left == [0, 2, 2, 2, 3], "in all"
     manifest = check(tmp_path / "out", str(twin))
     assert manifest["prompts_file"] == str(prompts) and manifest["sampling"]["eta"] == 0.5
 

@@ -103,6 +103,15 @@ def test_what_was_read_is_kept_until_a_file_changes(folder: Path, task: Task, mo
     assert read(folder, task)[0].counts.tolist() == [EACH + 1, EACH]
 
 
+def test_what_a_link_leads_to_is_a_file_that_may_change(folder: Path, task: Task) -> None:
+    target, place = folder.parent / "red.png", folder / "train" / task.classes[0].name / "9.png"
+    Image.new("RGB", (32, 32), "red").save(target)
+    place.symlink_to(target)
+    before = read(folder, task)[0].pixels
+    Image.new("RGB", (32, 32), "blue").save(target)
+    assert not torch.equal(read(folder, task)[0].pixels, before)
+
+
 @pytest.mark.parametrize("place", ["test", "val", "elsewhere"])
 def test_test_images_are_left_out_and_counted(place: str, folder: Path, task: Task) -> None:
     """Those beside the training images, and those that are named."""
