@@ -15,11 +15,11 @@ fail() { # CODE MESSAGE
     exit "$1"
 }
 
-# A virtual environment, by the first Python that is new enough. Each is asked to run, not only looked up: version
-# managers leave names behind that do not work. .venv may be a link to where there is room; what is made anew is cleared
+# A virtual environment, by the first Python that suits, 3.11 to 3.13, or else by a newer one. Each is asked to run, not
+# only looked up: version managers leave names behind that do not work. .venv may be a link to where there is room; what is made anew is cleared
 # first, so that nothing but an environment, or nothing, may be there.
 make_venv() {
-    local candidate venv=$here/.venv said=
+    local candidate below venv=$here/.venv said=
     if [[ -L $venv ]]; then
         venv=$(readlink -f -- "$venv" && echo x)
         venv=${venv%?x}
@@ -28,10 +28,12 @@ make_venv() {
     elif [[ -e $venv && ! -d $venv ]]; then
         fail 1 "$venv is in the way of a Python environment: remove it"
     fi
-    for candidate in python3 python3.13 python3.12 python3.11; do
-        if "$candidate" -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
-            said=$("$candidate" -m venv --clear -- "$venv" 2>&1) && return
-        fi
+    for below in 14 99; do
+        for candidate in python3 python3.13 python3.12 python3.11; do
+            if "$candidate" -c "import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, $below))" 2>/dev/null; then
+                said=$("$candidate" -m venv --clear -- "$venv" 2>&1) && return
+            fi
+        done
     done
     fail 1 "Python 3.11 or newer is needed, with its venv module${said:+ (${said%%$'\n'*})}"
 }

@@ -151,6 +151,21 @@ def ended(process: subprocess.Popen[str]) -> str:
     return said
 
 
+@pytest.mark.parametrize("suits", [True, False])
+def test_a_python_that_packages_are_published_for_is_preferred(suits: bool, real: Path, tmp_path: Path) -> None:
+    commands = tmp_path / "commands"
+    commands.mkdir()
+    newer = f'[[ $1 == -c ]] && exec {sys.executable} -c "import sys; sys.version_info = (3, 14); $2"'
+    others = "" if suits else "exit 1"
+    for name, first in {"python3": newer, "python3.13": others, "python3.12": others, "python3.11": others}.items():
+        script = commands / name
+        said = f'[[ $1 != -m ]] || echo {name} >> "{tmp_path}/made"'
+        script.write_text(f'#!/bin/bash\n{first}\n{said}\nexec {sys.executable} "$@"\n')
+        script.chmod(0o755)
+    ended(start(real / "run.sh", tmp_path, PATH=f"{commands}:/usr/bin:/bin"))
+    assert (tmp_path / "made").read_text().split() == ["python3.13" if suits else "python3"]
+
+
 def test_from_anywhere_through_a_link_in_any_environment(real: Path, tmp_path: Path) -> None:
     """The folder it is called from, and another Python's packages, hold modules of the names that ours imports."""
     cwd, broken = tmp_path / "cwd", tmp_path / "broken"
