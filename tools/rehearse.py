@@ -8,7 +8,6 @@ does. At the limit the whole group is killed. Then the files are audited.
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -23,6 +22,7 @@ from submission import cli
 from submission.arguments import Parser, exit_code_of, parse_seconds
 from submission.errors import InputFileError
 from submission.tasks import Task, load_task
+from tools.reading.manifests import read_json
 from tools.scoring.findings import audit
 
 RUN = Path(__file__).resolve().parents[1] / "run.sh"
@@ -54,7 +54,8 @@ def build_parser() -> Parser:
         "--limit",
         default="600",
         metavar="TIME",
-        help="when the job is killed, and its --budget, or --total for several tasks: 600, 90s or 10m",
+        help="when the job is killed, and unless that is said its --budget, or --total for several tasks: 600, 90s or "
+        "10m",
     )
     add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="gets the job's files")
     return parser
@@ -63,7 +64,9 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     options, passed_on = build_parser().parse_known_args(arguments)
-    job = cli.build_parser().parse_intermixed_args(passed_on)
+    parser = cli.build_parser()
+    parser.set_defaults(budget=None)
+    job = parser.parse_intermixed_args(passed_on)
     return exit_code_of(lambda: rehearse(options, job, passed_on))
 
 
@@ -73,8 +76,8 @@ def rehearse(options: argparse.Namespace, job: argparse.Namespace, passed_on: Se
     limit, tasks = parse_seconds(options.limit, "--limit"), [load_task(one) for one in job.tasks]
     # One that is resumed may leave a file as it is.
     written_after = 0 if job.resume else time.time_ns()
-    time_limit = "--budget" if len(tasks) == 1 else "--total"
-    seconds, code = run_job([time_limit, f"{limit:g}s", "--output", str(options.output), *passed_on], limit)
+    time_limit = ["--budget" if len(tasks) == 1 else "--total", f"{limit:g}s"] if not (job.budget or job.total) else []
+    seconds, code = run_job([*time_limit, "--output", str(options.output), *passed_on], limit)
     judgements = [judge(task, options.output, written_after) for task in tasks]
     failed = judgements if code is None else [one for one in judgements if one.faults]
     if code:
@@ -128,11 +131,13 @@ def judge(task: Task, output: Path, written_after: int) -> Judgement:
             return Judgement(task, [f"{path} does not exist"], {})
         if path.stat().st_mtime_ns < written_after:
             return Judgement(task, [f"{path} is older than this run"], {})
+    manifest: dict[str, Any] = {}
     try:
+        manifest = read_json(beside)
         faults = [f"{file}: {finding.text}" for finding in audit(file, task) if finding.fatal]
     except InputFileError as error:
         faults = [str(error)]
-    return Judgement(task, faults, json.loads(beside.read_bytes()))
+    return Judgement(task, faults, manifest)
 
 
 if __name__ == "__main__":

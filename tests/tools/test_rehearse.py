@@ -129,6 +129,13 @@ def test_options_of_the_job_may_stand_before_its_task(job: Path, capsys: pytest.
     assert "pass: tiny" in capsys.readouterr().out
 
 
+def test_a_budget_of_one_s_own_is_the_job_s(job_of_two: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(job_of_two, *GOOD, *OTHER, 'echo "$@" > arguments')
+    code, _ = run(job_of_two, capsys, "--budget", "5s", tasks=BOTH)
+    arguments = (job_of_two.parent / "arguments").read_text()
+    assert code == 0 and "--budget 5s" in arguments and "--total" not in arguments
+
+
 def test_a_word_that_the_job_does_not_know_is_refused_before_it_starts(
     job: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
