@@ -14,7 +14,7 @@ from submission.errors import OutputError
 from submission.machine.disk import write_json
 
 BENCHES = ("card", "evaluator", "scaling", "scheduler", "throughput")
-CODES = "exit codes: 0 measured; 2 usage; 5 figures cannot be written; 6 a run it measures failed"
+CODES = "exit codes: 0 measured; 2 usage; 4 checkpoint refused; 5 figures cannot be written; 6 a run it measures failed"
 EPILOG = f"example:\n  ./run.sh bench scheduler --traces 10000\n\n{CODES}"
 
 

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from submission.machine.device import choose_device
 from submission.machine.memory import forget_peak, peak_memory
 from submission.model import pipeline
 from submission.model.calibration import choose_decoder
+from submission.model.checkpoint import Checkpoint
 from submission.model.choice import ModelRequest, choose
 from submission.model.decoder import RUNGS, full_decoder
 from submission.model.generator import Generator, load_generator
@@ -81,7 +81,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     )
     final = projected(cheap)
     batch = options.batch_size or settle(final, log)
-    sides = list(all_sides(checkpoint.path, generator, cheap, final, batch, log))
+    sides = list(all_sides(checkpoint, generator, cheap, final, batch, log))
     if options.compile:
         sides.append(compiled(final, batch, log))
     rates: dict[str, list[float]] = {side.name: [] for side in sides}
@@ -153,13 +153,13 @@ def settle(generator: Generator, log: Log) -> int:
 
 
 def all_sides(
-    path: Path, generator: Generator, cheap: Generator, final: Generator, batch: int, log: Log
+    checkpoint: Checkpoint, generator: Generator, cheap: Generator, final: Generator, batch: int, log: Log
 ) -> Iterator[Side]:
     """The published recipe, then ours, one thing after the other."""
     upcast = copy.deepcopy(generator.vae).float()
     slow = replace(generator, vae=upcast, decoder=full_decoder(upcast, generator.task.size))
     one_by_one = partial(copies_one_by_one, published_copies())
-    yield Side("published recipe", 1, published(path, generator, upcast))
+    yield Side("published recipe", 1, published(checkpoint, generator, upcast))
 
     def ours(generator: Generator, copies: Callable[[Tensor, NDArray[np.int64]], None]) -> Callable[..., None]:
         return lambda numbers: copies(generator.images(numbers, log), numbers)
@@ -185,14 +185,26 @@ def compiled(final: Generator, batch: int, log: Log) -> Side:
     return Side("+ networks compiled", batch, lambda numbers: copies(ours.images(numbers, log), numbers))
 
 
-def published(path: Path, generator: Generator, vae: Any) -> Callable[[NDArray[np.int64]], None]:
+def published(checkpoint: Checkpoint, generator: Generator, vae: Any) -> Callable[[NDArray[np.int64]], None]:
     """Makes one image a call, as a user of diffusers would, with the UNet of `generator`."""
-    from diffusers import StableDiffusionXLPipeline  # noqa: PLC0415  # slow to import
+    import diffusers  # noqa: PLC0415  # slow to import
 
     sampler, size = generator.sampler, generator.task.size
-    pipe = StableDiffusionXLPipeline.from_pretrained(
-        path, variant="fp16", dtype=sampler.dtype, unet=sampler.unet, vae=vae, local_files_only=True
-    ).to(sampler.device)
+    kind, texts = checkpoint.configs["model_index"]["_class_name"], checkpoint.text_encoders
+    parts: dict[str, Any] = {"unet": sampler.unet, "vae": vae}
+    if len(texts) == 1:  # of Stable Diffusion 1 and 2: a checker of images, and what it looks at
+        parts |= {"safety_checker": None, "feature_extractor": None}
+    pipe = (
+        getattr(diffusers, kind)
+        .from_pretrained(
+            checkpoint.path,
+            variant=checkpoint.weights[texts[0]].variant,
+            dtype=sampler.dtype,
+            local_files_only=True,
+            **parts,
+        )
+        .to(sampler.device)
+    )
     pipe.set_progress_bar_config(disable=True)
     copies = published_copies()
 
