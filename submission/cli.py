@@ -44,6 +44,7 @@ tools, each with a --help of its own:
   ./run.sh evaluate         scores a file as the organisers do
   ./run.sh audit            checks a file without training on it
   ./run.sh report           makes the page about a run anew
+  ./run.sh reproduce        makes and scores the published table with any model
   ./run.sh rehearse         runs the job under a hard limit, as the organisers would
   ./run.sh bench            measures what this project claims
   ./run.sh make-checkpoint  writes random weights in the layout of SDXL-Turbo or Stable Diffusion
@@ -79,7 +80,7 @@ def build_parser() -> Parser:
     add(
         "--started-at",
         type=epoch,
-        default=os.environ.get("BANKO_STARTED_AT"),
+        default=os.environ.get("BANKO_STARTED_AT") or None,
         metavar="EPOCH",
         help="when the budget began, in Unix seconds (default: $BANKO_STARTED_AT, else the start of the process)",
     )

@@ -66,7 +66,8 @@ def _audit(options: argparse.Namespace) -> int:
         print(f"{'ERROR' if finding.fatal else 'warning'}: {finding.text}")
     sheet = options.sheet or options.file.with_suffix(".audit.png")
     write_whole(sheet, _draw(data, task))
-    print(f"{'good' if good else 'BAD'}; one image of each class, to be looked at: {sheet}")
+    shown = "each class" if len(task.classes) <= MOST_CLASSES else f"each of the first {MOST_CLASSES} classes"
+    print(f"{'good' if good else 'BAD'}; one image of {shown}, to be looked at: {sheet}")
     if options.json:
         facts |= {"ipc": ipc, "dtype": dtype, "good": good, "findings": [asdict(one) for one in findings]}
         write_json(options.json, facts)

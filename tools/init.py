@@ -57,8 +57,9 @@ classes = [
 {classes}
 ]
 
-# What `--prompts diverse` makes of a described prompt, {{}}: one a round, in turn. Kinds of your own may stand beside
-# `thing`, each with as many phrasings.
+# What `--prompts diverse` makes of a described prompt, {{}}: one a round, in turn; where all begin with "a photo of",
+# then once more as drawings, paintings and sketches. Kinds of your own may stand beside `thing`, each with as many
+# phrasings.
 [phrasings]
 thing = [
 {phrasings}

@@ -107,7 +107,12 @@ def build_parser() -> Parser:
     add(
         "--output", type=Path, required=True, metavar="DIR", help="gets checkpoint/, train.html, samples/ and the state"
     )
-    add("--budget", default="15m", metavar="TIME", help="from the start of the process, as in 900, 900s or 15m")
+    add(
+        "--budget",
+        default="15m",
+        metavar="TIME",
+        help="900, 900s or 15m, from the start of the process; a training that is resumed has used a part of it",
+    )
     add("--size", choices=tuple(UNET_WIDTHS), default="small", help="of the UNet: 3.8 or 6.2 million weights")
     add("--resume", action="store_true", help="go on from OUTPUT/state.pt where there is one")
     add(

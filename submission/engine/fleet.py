@@ -156,7 +156,9 @@ class Fleet:
         """Devices of this machine, which share its cores."""
         if kind == "cpu" and count > cores():
             self._log.warn(f"{count} devices share {cores()} cores")
-        threads = int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, cores() // count)
+        # OpenMP takes a list, for levels within each other; what it does not understand, it leaves aside.
+        asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+        threads = (int(asked) if asked.isdecimal() else 0) or max(1, cores() // count)
         return Placement(kind, threads, count, count)
 
     def _there(self, kind: str, address: str) -> Placement:

@@ -15,9 +15,9 @@ from submission.plan.planner import Planner
 from submission.report.manifest import Digests
 from submission.request import JobRequest
 
-# What the report took on two busy CPU cores that had yet to read its libraries from the disk: so much is reserved for it
-# where that is no more than the first share of the budget. Idle cores took a quarter of it (0.6 s for 100 classes): it is
-# begun where the second share of it is left, and given up where it is not done in time.
+# What the report took on two busy CPU cores that had yet to read its libraries from the disk: so much is reserved for
+# it where that is no more than the first share of the budget. Idle cores took a quarter of it (0.6 s for 100 classes):
+# it is begun where the second share of it is left, and given up where it is not done in time.
 REPORT_SECONDS, REPORT_SECONDS_PER_CLASS, REPORT_SHARE, REPORT_LEAST = 2.0, 0.005, 0.05, 0.4
 # Seconds the last manifest may wait for the checkpoint's hashes, which were begun at the start.
 HASH_PATIENCE = 0.5

@@ -1,1 +1,1 @@
-"""Image numbers to pixels: which checkpoint, its one step, latents to pixels, by which decoder."""
+"""Image numbers to pixels: which checkpoint, its steps, latents to pixels, by which decoder."""

@@ -1,1 +1,1 @@
-"""Parts of the training of the embedded checkpoint: critic, VAE, diffusion teacher, one-step student."""
+"""Parts of the training of a checkpoint: critic, VAE, diffusion teacher, one-step student."""
