@@ -1,4 +1,4 @@
-"""What can be known of several tasks before the first of them is begun."""
+"""What can be known of tasks before they are begun: of several, and of a file that a run before has left."""
 
 import json
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ from submission.machine.device import choose_devices
 from submission.machine.disk import claimed, room
 from submission.model.checkpoint import Checkpoint
 from submission.model.choice import choose
+from submission.plan.estimates import Extent
 from submission.request import JobRequest
 
 
@@ -40,15 +41,22 @@ def check_all(requests: Sequence[JobRequest], checkpoint: Checkpoint | None) -> 
 def made_before(request: JobRequest, checkpoint: Checkpoint | None) -> int | None:
     """The images per class of the file, if a run before has made it whole and as this request asks for: it left no
     rounds to go on from, and its manifest says the same."""
+    found = None if request.spool.exists() else file_in_place(request, checkpoint)
+    return found.ipc if found else None
+
+
+def file_in_place(request: JobRequest, checkpoint: Checkpoint | None) -> Extent | None:
+    """What the file in the output folder holds, if its manifest says that it was made as this request asks for."""
     image = request.image
-    if request.spool.exists() or not request.dataset.is_file():
+    if not request.dataset.is_file():
         return None
     try:
         manifest = json.loads(request.dataset.with_suffix(".json").read_bytes())
-        made = manifest["resolution"], manifest["decoder"]["name"], int(manifest["ipc"])
+        made = manifest["resolution"], manifest["decoder"]["name"]
+        extent = Extent(int(manifest["rounds"]), int(manifest["ipc"]))
     except (OSError, ValueError, LookupError, TypeError):
         return None
     wanted = request.facts(checkpoint) if checkpoint is not None else request.wishes
     same = all(manifest.get(name) == value for name, value in wanted.items())
     same &= image.resolution in (None, made[0]) and image.decoder in ("auto", made[1])
-    return made[2] if same else None
+    return extent if same else None

@@ -53,7 +53,7 @@ class Ending:
             self._log.warn(f"told to stop ({number.name}): finishing the file with {rounds} rounds")
 
     def take_over(self) -> int:
-        self._log.warn("generation does not come back: the file is finished without it")
+        self._log.warn("generation does not come back in time: the file is finished without it")
         try:
             self.conclude()
         except BankoError as error:
@@ -84,7 +84,7 @@ class Ending:
 
     def conclude(self) -> None:
         """Ends the devices, so that the file has cores and memory; writes the last file and its manifest; removes the
-        spool, unless the job was told to stop and may be resumed.
+        spool, unless the job was told to stop or had no time for all of it, and may be resumed.
 
         Raises BudgetError where there is no time for any file, and OutputError.
         """
@@ -115,7 +115,8 @@ class Ending:
         if unused := idle_time(self._planner, self._sampling):
             log.say(unused)
         self.complete = True
-        if plan.budget.hurried and (plan.composition.pool or spool.count < plan.composition.cap):
+        stopped = plan.budget.hurried and (plan.composition.pool or spool.count < plan.composition.cap)
+        if stopped or extent.ipc < ready:
             log.say(f"its {spool.count} rounds are kept in {spool.folder}: --resume goes on from them")
         else:
             spool.remove()

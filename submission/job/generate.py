@@ -53,7 +53,8 @@ class Generation:
             if planner.budget.usable <= 0:  # other tasks follow, or the guard would have ended the process
                 break
             if planner.time_to_write():
-                log.say(f"{planner.in_hand} images were still under way when it was time to write")
+                if planner.in_hand:
+                    log.say(f"{planner.in_hand} images were still under way when it was time to write")
                 break
             starting = not self.engine.alone and not any(device.ready for device in planner.devices)
             with log.phase("start devices" if starting else "generate"):

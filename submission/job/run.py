@@ -21,6 +21,7 @@ from submission.engine.alone import Alone
 from submission.engine.fleet import Fleet
 from submission.engine.maker import Loading, load_elsewhere, load_maker
 from submission.errors import OutputError
+from submission.job.checks import file_in_place
 from submission.job.ending import REPORT_SHARE, Ending, idle_time, report_seconds
 from submission.job.files import Choice, JobFiles, check_place, composition_that_fits
 from submission.job.generate import Generation
@@ -101,6 +102,8 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
                 }
 
             files = JobFiles(request, spool, file_plan, manifest_of, log)
+            if spool.before and (extent := file_in_place(request, checkpoint)):
+                file_plan.placed(extent)  # which is not to be replaced by a smaller one
             ending = Ending(request, checkpoint.sampling, engine, planner, files, digests, log)
             guard.serve(ending)
             try:
@@ -220,7 +223,8 @@ def open_spool(request: JobRequest, checkpoint: Checkpoint, log: Log) -> Iterato
                 )
             check_place(request)
             if request.dataset.exists():
-                log.say(f"{request.dataset} is there already, and is replaced once a round is done")
+                there_is = "a larger one can be written" if request.resume else "a round is done"
+                log.say(f"{request.dataset} is there already, and is replaced once {there_is}")
             if leftovers := remove_unfinished(request.output, task.name):
                 log.say(f"{leftovers} unfinished files of an interrupted run removed")
             label = request.image.identity(checkpoint)

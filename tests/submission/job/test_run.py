@@ -20,12 +20,16 @@ from PIL import Image
 from torch import Tensor
 
 from submission import cli
+from submission.dataset.rounds import Spool
 from submission.distillation import sharpening
 from submission.distillation.selection import Selector
 from submission.errors import BankoError
 from submission.job import ending
 from submission.job import run as job
+from submission.job.files import JobFiles
 from submission.machine import memory
+from submission.plan.estimates import Extent
+from submission.plan.file_plan import FilePlan
 from submission.tasks import load_task
 from tests.paths import ROOT
 from tools import report
@@ -98,6 +102,32 @@ def test_without_time_for_the_report_the_job_says_how_to_get_it(
     assert f"no time for the report: ./run.sh report {manifest} makes it" in capsys.readouterr().out
     assert report.main([manifest, "--task", str(task_file)]) == 0
     assert (tmp_path / "out/tiny.html").exists()
+
+
+def test_a_run_that_is_resumed_replaces_no_file_by_a_smaller_one(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no time for the rounds there are, and keeps them."""
+    monkeypatch.setattr(Spool, "remove", lambda _: None)  # as if the job had been killed before
+    options = ("--max-ipc", "4", "--aug-per-image", "0", "--select", "none")
+    before = run(*options)
+    monkeypatch.undo()
+    monkeypatch.setattr(job, "GUESSED_FIXED", 1000.0)
+    assert torch.equal(run(*options, "--resume"), before)
+    assert json.loads((tmp_path / "out/tiny.json").read_text())["resumed_rounds"] == 4
+
+
+def test_a_run_without_time_for_its_rounds_keeps_them(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--max-ipc", "4", "--aug-per-image", "0", "--select", "none")
+    monkeypatch.setattr(JobFiles, "keep_up", lambda _: None)
+    monkeypatch.setattr(FilePlan, "last_file", lambda plan, **_: None if plan.in_place else Extent(1, 1))
+    assert run(*options).shape[1] == 1
+    assert "--resume goes on from them" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert run(*options, "--resume").shape[1] == 4
+    assert "resumed: 4 whole rounds" in capsys.readouterr().out
 
 
 def test_a_report_that_cannot_be_written_costs_nothing(
