@@ -112,6 +112,14 @@ def test_verification_refuses(task: Task, tmp_path: Path, change: object, messag
         verify(path, spec)
 
 
+def test_images_of_one_colour_channel_are_images(task: Task, tmp_path: Path) -> None:
+    """As those under a microscope may be."""
+    rounds = make_rounds(4, task)
+    rounds[:, :, [0, 2]] = 0
+    write_dataset(tmp_path / "tiny.pt", rounds, FileSpec(task, 4, "natural", 0, torch.float32))
+    assert torch.load(tmp_path / "tiny.pt", weights_only=True).shape == (12, 3, 16, 16)
+
+
 def test_verification_notices_a_flipped_bit(task: Task, tmp_path: Path) -> None:
     path = tmp_path / "tiny.pt"
     spec = FileSpec(task, 4, "paper", 0, torch.float32)
