@@ -355,7 +355,7 @@ TOOLS_REFUSE = [
     Row("init pets.toml --classes unseen.txt", 6, "unseen.txt:2: a class name of nothing that can be read"),
     Row("init pets.toml --classes alike.txt", 6, "alike.txt:2: 'polar  bear' asks for the same as line 1"),
     Row("init pets.toml --classes forms.txt", 6, "asks for the same as line 1"),
-    Row("init pets.toml --classes good.txt --images photos", 6, "are all of one colour"),
+    Row("init pets.toml --classes good.txt --images photos", 6, "a colour channel of its images has one value"),
 ]
 ORDINARY = [
     Row("secret.toml", 2, "secret.toml: cannot be read: Permission denied"),

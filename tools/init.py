@@ -109,7 +109,9 @@ def init(options: argparse.Namespace) -> None:
             raise InputFileError(f"{options.images}: no images there")
         mean, std = mean_and_deviation(images, options.size)
         if min(std) <= 0:
-            raise InputFileError(f"{options.images}: its images are all of one colour, and have no deviation")
+            raise InputFileError(
+                f"{options.images}: a colour channel of its images has one value, and no deviation: leave out --images"
+            )
         source = f"those of {len(images):,} images"
     text = task_text(file.stem, names, options.size, mean, std, source)
     if len(text.encode()) > MAX_BYTES:
@@ -149,7 +151,8 @@ def read_names(path: Path) -> list[str]:
             continue
         if complaint := _complaint(name):
             raise InputFileError(f"{path}:{number}: {complaint}")
-        prompt = default_prompt(" ".join(re.sub(UNSEEN, "", name).split()))
+        # In small letters, as text encoders read them.
+        prompt = default_prompt(" ".join(re.sub(UNSEEN, "", name).split())).casefold()
         if prompt in lines:
             raise InputFileError(
                 f"{path}:{number}: {name!r} asks for the same as line {lines[prompt]}: write what sets them apart, as "

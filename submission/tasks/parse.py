@@ -159,6 +159,8 @@ def parse_task(path: Path) -> Task:
         for c, (start, _) in zip(classes, spans, strict=True):
             value = getattr(c, key)
             value = unicodedata.normalize("NFC", value) if isinstance(value, str) else value
+            if key == "described":
+                value = value.casefold()  # as text encoders read it
             if value in seen:
                 first = source.line(seen[value])
                 raise source.refusal(start, f"class {key} {value!r} is used twice (first on line {first})")

@@ -77,6 +77,19 @@ def test_a_list_too_long_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "MiB is too much, 4 MiB are the most" in capsys.readouterr().err
 
 
+def test_names_that_differ_by_case_alone_ask_for_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "Turkey\nfox\nturkey\n")[0] == 6
+    assert "names.txt:3: 'turkey' asks for the same as line 1" in capsys.readouterr().err
+
+
+def test_images_without_a_channel_have_no_deviation_to_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images").mkdir()
+    nothing, green = Image.new("L", (256, 256)), Image.linear_gradient("L")
+    Image.merge("RGB", (nothing, green, nothing)).save(tmp_path / "images/a.png")
+    assert run(tmp_path, NAMES, "--images", str(tmp_path / "images"))[0] == 6
+    assert "a colour channel of its images has one value" in capsys.readouterr().err
+
+
 def test_mean_and_deviation_of_ones_own_images(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
     pixels[..., 2] //= 2

@@ -338,6 +338,7 @@ BAD_LINES = [
     ('name = "dog", ', "", 9, "key 'name' is missing from this class"),
     ('"dog"', '"house_cat"', 9, "class name 'house_cat' is used twice (first on line 7)"),
     ('"dog"', '"dog", described = "a photo of a house cat"', 9, "is used twice (first on line 7)"),
+    ('"dog"', '"dog", described = "A photo of a House Cat"', 9, "is used twice (first on line 7)"),
     ('"dog"', '"dog", described = ""', 9, "described must be a string of one line, not empty"),
     ('"dog"', '"dog", described = "  "', 9, "described must be a string of one line, not empty"),
     ('"dog"', '"dog", described = ["a dog"]', 9, "described must be a string of one line, not empty"),
