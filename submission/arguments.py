@@ -5,7 +5,8 @@ import re
 import signal
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -39,6 +40,23 @@ class Parser(argparse.ArgumentParser):
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Adds `--device`, for the commands that compute."""
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if any")
+
+
+@contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """A context in which SIGTERM and SIGHUP end a command as Ctrl-C does, so that what it has started ends with it."""
+    heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def as_word(path: Path) -> str:
+    """A path as a word of a command line, which is not taken for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
 
 
 def exit_code_of(

@@ -11,6 +11,9 @@ class BankoError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        return super().__str__().replace("\n", "\\n")  # that of a file's name, as a rule
+
 
 class UsageError(BankoError):
     """The request makes no sense: an option, a task file, a device that is not there."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from submission import cli
-from submission.arguments import Parser, exit_code_of, parse_seconds
+from submission.arguments import Parser, exit_code_of, interrupted_by_signals, parse_seconds
 from submission.errors import InputFileError
 from submission.tasks import Task, load_task
 from tools.reading.manifests import read_json
@@ -67,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = cli.build_parser()
     parser.set_defaults(budget=None)
     job = parser.parse_intermixed_args(passed_on)
-    return exit_code_of(lambda: rehearse(options, job, passed_on))
+    with interrupted_by_signals():
+        return exit_code_of(lambda: rehearse(options, job, passed_on))
 
 
 def rehearse(options: argparse.Namespace, job: argparse.Namespace, passed_on: Sequence[str]) -> int:

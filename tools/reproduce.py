@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from submission.arguments import Parser, exit_code_of, number_from
+from submission.arguments import Parser, exit_code_of, interrupted_by_signals, number_from
 from submission.dataset.dataset_file import FileSpec, mean_and_std, write_dataset
 from submission.errors import InputFileError, OutputError, UsageError
 from submission.machine.disk import write_whole
@@ -72,7 +72,8 @@ def build_parser() -> Parser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code."""
     options, passed_on = build_parser().parse_known_args(arguments)
-    return exit_code_of(lambda: reproduce(options, passed_on), debug=options.debug)
+    with interrupted_by_signals():
+        return exit_code_of(lambda: reproduce(options, passed_on), debug=options.debug)
 
 
 def reproduce(options: argparse.Namespace, passed_on: Sequence[str]) -> None:

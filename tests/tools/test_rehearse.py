@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -66,6 +67,19 @@ def test_a_job_over_the_limit_is_killed_with_all_its_processes(job: Path, capsys
     began = time.monotonic()
     code, out = run(job, capsys, limit="1")
     assert code == 6 and "killed at the limit of 1 s" in out and time.monotonic() - began < 50
+    child = int((job.parent / "child").read_text())
+    deadline = time.monotonic() + 10
+    while _runs(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _runs(child)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_when_it_is_ended_so_is_the_job(job: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]) -> None:
+    write(job, "sleep 100 & echo $! > child", f"kill -{number.value} {os.getpid()}", "wait")
+    code, _ = run(job, capsys)
+    assert code == 130
+    assert signal.getsignal(number) is not signal.default_int_handler
     child = int((job.parent / "child").read_text())
     deadline = time.monotonic() + 10
     while _runs(child) and time.monotonic() < deadline:
