@@ -27,6 +27,9 @@ streetcar tank tractor
 # difference this many of its standard errors.
 FAR_BETTER = 1.5
 STANDARD_ERRORS = 3.0
+# And when it is so many times chance, or half as far from chance as from 1: a network that has learnt next to nothing
+# takes one kind of images for one class, and the order that suits this is better than chance.
+LEARNT = 2.0
 # Misplaced classes that a person is told; `results.json` has the whole order.
 SHOWN = 5
 
@@ -88,7 +91,8 @@ def judge(task: Task, labels: torch.Tensor, runs: list[torch.Tensor]) -> Verdict
     recognised, name, order = max(candidates, key=lambda candidate: candidate[0])
     best_accuracy = recognised / guesses
     noise = math.sqrt((accuracy + best_accuracy) / len(labels))
-    suspect = best_accuracy > max(FAR_BETTER * accuracy, accuracy + STANDARD_ERRORS * noise)
+    learnt = min(LEARNT / classes, (1 + 1 / classes) / 2)
+    suspect = best_accuracy > max(FAR_BETTER * accuracy, accuracy + STANDARD_ERRORS * noise, learnt)
     if not suspect:
         return Verdict(accuracy, best_accuracy, False, evaluators)
     return Verdict(accuracy, best_accuracy, True, order, name)
