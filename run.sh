@@ -16,8 +16,8 @@ fail() { # CODE MESSAGE
 }
 
 # A virtual environment, by the first Python that suits, 3.11 to 3.13, or else by a newer one. Each is asked to run, not
-# only looked up: version managers leave names behind that do not work. .venv may be a link to where there is room; what is made anew is cleared
-# first, so that nothing but an environment, or nothing, may be there.
+# only looked up: version managers leave names behind that do not work. .venv may be a link to where there is room; what
+# is made anew is cleared first, so that nothing but an environment, or nothing, may be there.
 make_venv() {
     local candidate below venv=$here/.venv said=
     if [[ -L $venv ]]; then
@@ -30,7 +30,8 @@ make_venv() {
     fi
     for below in 14 99; do
         for candidate in python3 python3.13 python3.12 python3.11; do
-            if "$candidate" -c "import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, $below))" 2>/dev/null; then
+            if "$candidate" -c "import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, $below))" \
+                2>/dev/null; then
                 said=$("$candidate" -m venv --clear -- "$venv" 2>&1) && return
             fi
         done
@@ -66,6 +67,8 @@ install() {
     local file size=
     for file in "$@"; do is_installed "$file" || break; done
     is_installed "$file" && return
+    [[ -w $here || ! -L $here/.venv/bin/python || -x $here/.venv/bin/python ]] ||
+        fail 1 "$here/.venv/bin/python leads to a Python that is gone, or that this user may not run"
     [[ -w $here ]] || fail 1 "$here is not writable, and its .venv is not whole: install there as someone who may write"
     if command -v flock >/dev/null; then
         exec 9>"$here/.venv.lock"

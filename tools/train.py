@@ -27,10 +27,9 @@ import diffusers
 import psutil
 import torch
 import transformers
-from accelerate import PartialState
 from safetensors import SafetensorError
 
-from submission.arguments import Parser, add_device, exit_code_of, number_from, parse_seconds
+from submission.arguments import Parser, add_device, as_word, exit_code_of, number_from, parse_seconds
 from submission.errors import BudgetError, OutputError, UsageError
 from submission.log import Log, default_style
 from submission.machine.device import choose_device
@@ -138,13 +137,13 @@ def run(options: argparse.Namespace, given: list[str]) -> int:
         raise UsageError(f"a task is named twice: {' '.join(options.tasks)}")
     began = float(os.environ.get(BEGAN, psutil.Process().create_time()))
     if "RANK" in os.environ:  # one of several, of `run_together` or of another launcher
-        device = PartialState(cpu=options.device == "cpu").device
+        device = processes.join(cpu=options.device == "cpu")
     else:
         device = choose_device(options.device)
         if device.type == "cuda" and torch.cuda.device_count() > 1:
             os.environ[BEGAN] = str(began)
             return processes.run_together([sys.executable, "-m", "tools", "train", *given], torch.cuda.device_count())
-        PartialState(cpu=device.type == "cpu")
+        processes.join(cpu=device.type == "cpu")
     signal.signal(signal.SIGTERM, stop_reading)
     try:
         with claimed(options.output) if processes.is_first() else nullcontext():
@@ -203,7 +202,7 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
             log.say("this training is finished: to train for longer, choose another --output")
         if too_long := sum(len(networks.tokenizer(prompt).input_ids) > MAX_TOKENS for prompt in words):
             log.warn(f"{too_long} prompts are longer than {MAX_TOKENS} tokens, and are cut there")
-        command = shlex.join(["./run.sh", *options.tasks, "--model", str(options.output / CHECKPOINT)])
+        command = shlex.join(["./run.sh", *options.tasks, "--model", as_word(options.output / CHECKPOINT)])
         subject = Subject(tasks, networks, prompts_of(networks, tasks, device), images, command)
         with suppress(StoppedError):
             follow(subject, progress)

@@ -1,10 +1,10 @@
 """The end of a job, whoever brings it about: the main thread as a rule, else the guard."""
 
-import logging
 import shlex
 import signal
 import sys
 
+from submission.arguments import as_word
 from submission.engine import Engine
 from submission.errors import BankoError, BudgetError, first_line
 from submission.job.files import JobFiles
@@ -127,15 +127,13 @@ class Ending:
     def _report(self) -> None:
         """The page about the run, where there is time for it; the job is complete with or without it."""
         dataset, budget, log = self._request.dataset, self._planner.budget, self._log
-        path = str(dataset.with_suffix(".json"))
-        command = shlex.join(["./run.sh", "report", f"./{path}" if path.startswith("-") else path])
+        command = shlex.join(["./run.sh", "report", as_word(dataset.with_suffix(".json"))])
         later = f"{command} makes it"
         no_time = f"no time for the report: {later}"
         if budget.usable - budget.exit_reserve < REPORT_LEAST * report_seconds(self._files.plan.composition.classes):
             log.say(no_time)
             return
         self._report_under_way = no_time
-        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would complain where it cannot keep a cache
         try:
             from submission.report.page import write_report  # noqa: PLC0415  # its libraries are slow to import
 

@@ -1,6 +1,7 @@
 """Charts as SVG that is part of a page: text stays text, and colours are the page's own CSS variables."""
 
 import io
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it would complain where it cannot keep a cache
 
 # A chart is drawn in colours that stand for the variables of the page.
 INK, MUTED, LINE, ACCENT, SECOND = (f"#00000{digit}" for digit in range(1, 6))

@@ -49,6 +49,15 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_launcher_s_variables_that_lack_others_are_said(data: Path, tmp_path: Path) -> None:
+    arguments = [str(data / "tiles.toml"), "--data", str(data), "--output", str(tmp_path / "out"), "--device", "cpu"]
+    log = tmp_path / "errors"
+    process = forked.start_command(train.main, arguments, log, folder=ROOT, environment={"WORLD_SIZE": "2"})
+    assert forked.end(process) == 2
+    (line,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert "launcher's variables" in line and "unset" in line
+
+
 def start(data: Path, output: Path, *more: str) -> ForkServerProcess:
     tasks = [str(data / f"{name}.toml") for name in TASKS]
     arguments = [*tasks, "--data", str(data), "--output", str(output), "--budget", "3000", "--seed", "5", *more]

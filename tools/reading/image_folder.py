@@ -34,6 +34,8 @@ ENDINGS = {".bmp", ".gif", ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".ppm", ".p
 NOT_OURS = {"__MACOSX", "lost+found"}
 # What `convert("RGB")` makes sense of; it would cut off the upper half of 16-bit greys.
 MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr"}
+# Pixels of an image at most, of which Pillow itself warns.
+MOST_PIXELS = int(Image.MAX_IMAGE_PIXELS or 0)
 # The part of the free memory that test images may take: training wants some, too.
 MEMORY_SHARE = 0.5
 # Pixels of the images that are read together where they are not kept: half a gigabyte while they are summed up.
@@ -110,7 +112,8 @@ def read_images(files: Sequence[Path], size: int) -> Tensor:
     pool = ThreadPoolExecutor(cores())
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # for all threads
+            warnings.simplefilter("ignore")  # of palettes and damaged facts about a picture; for all threads
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             for place, image in zip(pixels, pool.map(partial(_read_image, size=size), files), strict=True):
                 place.copy_(torch.from_numpy(image).permute(2, 0, 1))
     finally:
@@ -127,6 +130,8 @@ def _read_image(file: Path, size: int) -> NDArray[np.uint8]:
                 raise ValueError(f"pixels of mode {image.mode} are not read, only those of 8 bits a channel")
             square = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (size, size))
         return np.array(square)
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise InputFileError(f"{file}: more than {MOST_PIXELS / 1e6:.0f} million pixels: make it smaller") from error
     except Exception as error:
         raise InputFileError(f"{file}: no image that can be read ({first_line(error)[:160]})") from error
 

@@ -15,8 +15,23 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, reduce
 from torch import Tensor
 
+from submission.errors import UsageError, first_line
+
 # Seconds that the other processes have left when one has failed, to say so themselves.
 PATIENCE = 3.0
+
+
+def join(*, cpu: bool) -> torch.device:
+    """Makes this process one of those that a launcher started, or the only one; returns its device. Raises
+    UsageError."""
+    try:
+        device: torch.device = PartialState(cpu=cpu).device
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise UsageError(
+            f"the environment has some of a launcher's variables ({first_line(error)[:80]}): start the command by "
+            "torchrun or accelerate launch, or unset RANK, LOCAL_RANK, WORLD_SIZE and those of MPI"
+        ) from error
+    return device
 
 
 def is_first() -> bool:

@@ -45,12 +45,13 @@ LEAST_BATCH = 8
 @dataclass
 class Journal:
     """The lines of the log, the losses of steps that are not in it yet, scalars on the device, the steps of each stage
-    that is over, and what was last found about copying."""
+    that is over, what was last found about copying, and the warnings so far."""
 
     lines: list[str] = field(default_factory=list)
     unlogged: list[dict[str, Tensor]] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
     copying: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -127,6 +128,8 @@ def restore(progress: Progress, state: dict[str, Any] | None) -> None:
             network.load_state_dict(state["networks"][name])
         progress.place, progress.journal = Place(**state["place"]), Journal(**state["journal"])
         progress.optimisers, progress.ending = state["optimisers"], state["ending"]
+        said = progress.log.warnings
+        said += [text for text in progress.journal.warnings if text not in said]
         # The budget may be another one.
         progress.place.until = min(progress.place.until, progress.budget.seconds - progress.ending)
     if processes.is_first():
@@ -343,6 +346,7 @@ def save(progress: Progress) -> None:
     """Put everything that a resumed run needs into one file."""
     if not processes.is_first():
         return
+    progress.journal.warnings = list(progress.log.warnings)
     state = {
         "settings": progress.settings,
         "networks": {name: network.state_dict() for name, network in progress.networks.items()},
@@ -367,4 +371,4 @@ def load_whole(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any class: the file may be anything
-        raise OutputError(f"{path} cannot be read ({first_line(error)[:120]}): remove it") from error
+        raise OutputError(f"{path} cannot be read ({first_line(error)[:80]}): choose another --output") from error

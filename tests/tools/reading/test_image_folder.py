@@ -157,17 +157,24 @@ def bomb(width: int, height: int) -> bytes:
     [
         (b"", "cannot identify"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot identify"),
-        (bomb(60_000, 60_000), "could be decompression bomb"),
-        (bomb(12_000, 12_000), "could be decompression bomb"),
-        (bomb(64, 64), ""),
+        (bomb(60_000, 60_000), "more than 89 million pixels: make it smaller"),
+        (bomb(12_000, 12_000), "more than 89 million pixels: make it smaller"),
+        (bomb(64, 64), "no image that can be read"),
     ],
 )
 def test_hostile_files_are_refused_by_name(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "a.png").write_bytes(content)
     before = psutil.Process().memory_info().rss
-    with pytest.raises(InputFileError, match=rf"a\.png: no image that can be read \(.*{words}") as caught:
+    with pytest.raises(InputFileError, match=rf"a\.png: {words}") as caught:
         read_image(tmp_path / "a.png", 16)
     assert "\n" not in str(caught.value) and psutil.Process().memory_info().rss - before < 50e6
+
+
+def test_a_library_s_remarks_are_not_for_the_reader(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    palette = Image.new("P", (20, 20))
+    palette.save(tmp_path / "a.png", transparency=bytes(range(200)))
+    assert read_image(tmp_path / "a.png", 16).shape == (3, 16, 16)
+    assert not recwarn.list
 
 
 def test_16_bits_and_pipes_are_refused(tmp_path: Path) -> None:

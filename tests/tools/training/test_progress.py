@@ -12,7 +12,21 @@ from submission.log import Log
 from submission.plan.budget import Budget
 from tools.training import progress as module
 from tools.training.images import RealImages
-from tools.training.progress import DONE, OVERRUN, STAGES, Progress, batch_for, begin_stage, pick, steps
+from tools.training.progress import (
+    DONE,
+    OVERRUN,
+    STAGES,
+    STATE,
+    Progress,
+    batch_for,
+    begin_stage,
+    load_whole,
+    pick,
+    restore,
+    steps,
+)
+
+keep = module.save  # which tests go without
 
 BUDGET = 1000.0
 
@@ -125,6 +139,22 @@ def test_a_resumed_stage_sets_the_rates_that_recorded_steps_read() -> None:
     rate = one.param_groups[0]["lr"]
     next(steps(progress, [one], 1))
     assert one.param_groups[0]["lr"] is rate and rate.item() == pytest.approx(2 / module.WARM_UP)
+
+
+def test_a_resumed_training_still_has_its_warnings(tmp_path: Path) -> None:
+    clock = Clock()
+    before, after = begin(clock), begin(clock)
+    before.log.warn("few images")
+    before.output = after.output = tmp_path
+    keep(before)
+    after.log.warn("few images")
+    after.log.warn("fewer now")
+    restore(after, load_whole(tmp_path / STATE))
+    assert after.log.warnings == ["few images", "fewer now"]
+    later = begin(clock)
+    later.output = tmp_path
+    restore(later, load_whole(tmp_path / STATE))
+    assert later.log.warnings == ["few images"]
 
 
 def test_every_image_has_as_much_of_the_work_whatever_its_canvas() -> None:
