@@ -2,14 +2,20 @@
 
 import json
 from collections.abc import Sequence
+from typing import Any
+
+import torch
 
 from submission.job.files import USABLE_ROOM, bytes_per_ipc, check_place, no_room
 from submission.machine.device import choose_devices
-from submission.machine.disk import claimed, room
+from submission.machine.disk import claimed, read_bytes, room
 from submission.model.checkpoint import Checkpoint
 from submission.model.choice import choose
 from submission.plan.estimates import Extent
 from submission.request import JobRequest
+
+# Bytes of a manifest at most: that of a thousand classes takes about one million.
+MOST_BYTES = 1 << 26
 
 
 def checkpoint_of_all(requests: Sequence[JobRequest]) -> Checkpoint | None:
@@ -41,22 +47,31 @@ def check_all(requests: Sequence[JobRequest], checkpoint: Checkpoint | None) -> 
 def made_before(request: JobRequest, checkpoint: Checkpoint | None) -> int | None:
     """The images per class of the file, if a run before has made it whole and as this request asks for: it left no
     rounds to go on from, and its manifest says the same."""
-    found = None if request.spool.exists() else file_in_place(request, checkpoint)
-    return found.ipc if found else None
+    manifest = None if request.spool.exists() else _manifest_of_file(request, checkpoint)
+    return int(manifest["ipc"]) if manifest else None
 
 
-def file_in_place(request: JobRequest, checkpoint: Checkpoint | None) -> Extent | None:
-    """What the file in the output folder holds, if its manifest says that it was made as this request asks for."""
-    image = request.image
-    if not request.dataset.is_file():
-        return None
+def file_in_place(request: JobRequest, checkpoint: Checkpoint) -> Extent | None:
+    """What the file in the output folder holds, if it is whole and was made as this request asks for, of the images
+    made first."""
+    manifest = _manifest_of_file(request, checkpoint)
+    return Extent(manifest["rounds"], manifest["ipc"]) if manifest and manifest.get("pool") is None else None
+
+
+def _manifest_of_file(request: JobRequest, checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+    """What is told of the file in the output folder; None where that is not true of it, or not what is asked for."""
+    image, task = request.image, request.image.task
     try:
-        manifest = json.loads(request.dataset.with_suffix(".json").read_bytes())
-        made = manifest["resolution"], manifest["decoder"]["name"]
-        extent = Extent(int(manifest["rounds"]), int(manifest["ipc"]))
-    except (OSError, ValueError, LookupError, TypeError):
+        manifest = json.loads(read_bytes(request.dataset.with_suffix(".json"), MOST_BYTES))
+        made, extent = (manifest["resolution"], manifest["decoder"]["name"]), (manifest["rounds"], manifest["ipc"])
+        # A killed job may have put a file in place and not yet told of it.
+        file = torch.load(request.dataset, mmap=True, weights_only=True)
+        shape, dtype = tuple(file.shape), file.dtype
+    except Exception:  # noqa: BLE001  of any class: both files may be anything
         return None
     wanted = request.facts(checkpoint) if checkpoint is not None else request.wishes
     same = all(manifest.get(name) == value for name, value in wanted.items())
     same &= image.resolution in (None, made[0]) and image.decoder in ("auto", made[1])
-    return extent if same else None
+    same &= all(type(number) is int and number > 0 for number in extent)
+    same &= shape == (len(task.classes) * extent[1], 3, task.size, task.size) and dtype == getattr(torch, request.dtype)
+    return manifest if same else None

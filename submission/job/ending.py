@@ -116,7 +116,7 @@ class Ending:
             log.say(unused)
         self.complete = True
         stopped = plan.budget.hurried and (plan.composition.pool or spool.count < plan.composition.cap)
-        if stopped or extent.ipc < ready:
+        if stopped or extent != plan.whole:
             log.say(f"its {spool.count} rounds are kept in {spool.folder}: --resume goes on from them")
         else:
             spool.remove()

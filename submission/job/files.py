@@ -110,6 +110,7 @@ class JobFiles:
         self._request, self._manifest_of, self._log = request, manifest_of, log
         self._writer = SnapshotWriter()
         self._placing = threading.RLock()
+        self._adopted = False  # what lies beside the file in place is that of the run which made it
         self._sheet_drawn = False
         self._choice: Choice | None = None
         self.chosen: Choice | None = None  # that the file in place holds
@@ -118,6 +119,11 @@ class JobFiles:
     def writing(self) -> bool:
         """Whether a snapshot is being written."""
         return self._writer.busy
+
+    def adopt(self, extent: Extent) -> None:
+        """A run before has left a file of that extent, which only a better one is to replace."""
+        self.plan.placed(extent)
+        self._adopted = True
 
     def keep_up(self) -> None:
         """Takes what a finished snapshot cost into the plan, and begins the next where one is due. Raises
@@ -165,7 +171,7 @@ class JobFiles:
 
     def draw_sheet(self) -> None:
         """The contact sheet, of the first round or the first images chosen, once for each. Raises OutputError."""
-        if not self._sheet_drawn:
+        if not self._adopted and not self._sheet_drawn:
             classes = self._request.image.task.classes[:MOST_CLASSES]
             labels = np.arange(len(classes))
             images = self.chosen.images if self.chosen else self.spool.read()
@@ -178,7 +184,7 @@ class JobFiles:
     def write_manifest(self) -> None:
         """The manifest of the file in place, if there is one. Raises OutputError."""
         with self._placing:
-            if (extent := self.plan.in_place) is not None:
+            if not self._adopted and (extent := self.plan.in_place) is not None:
                 write_json(self._request.dataset.with_suffix(".json"), self._manifest_of(extent))
 
     def freeze(self) -> None:
@@ -200,6 +206,7 @@ class JobFiles:
         with self._placing:
             yield
             self.plan.placed(extent)
+            self._adopted = False
             if choice is not self.chosen:
                 self.chosen, self._sheet_drawn = choice, False
 
@@ -223,7 +230,7 @@ class JobFiles:
             return
         self._log.warn(f"{dataset if folder.is_dir() else folder} was removed while the job ran: made anew")
         self.plan.placed(None)
-        self._sheet_drawn = False
+        self._adopted = self._sheet_drawn = False
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

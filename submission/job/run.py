@@ -103,7 +103,7 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
 
             files = JobFiles(request, spool, file_plan, manifest_of, log)
             if spool.before and (extent := file_in_place(request, checkpoint)):
-                file_plan.placed(extent)  # which is not to be replaced by a smaller one
+                files.adopt(extent)
             ending = Ending(request, checkpoint.sampling, engine, planner, files, digests, log)
             guard.serve(ending)
             try:

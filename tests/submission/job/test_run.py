@@ -111,10 +111,38 @@ def test_a_run_that_is_resumed_replaces_no_file_by_a_smaller_one(
     monkeypatch.setattr(Spool, "remove", lambda _: None)  # as if the job had been killed before
     options = ("--max-ipc", "4", "--aug-per-image", "0", "--select", "none")
     before = run(*options)
-    monkeypatch.undo()
+    told = (tmp_path / "out/tiny.json").read_text()
     monkeypatch.setattr(job, "GUESSED_FIXED", 1000.0)
+    for _ in range(2):
+        assert torch.equal(run(*options, "--resume"), before)
+        assert (tmp_path / "out/tiny.json").read_text() == told, "which is that of the run which made it"
+
+
+@pytest.mark.parametrize("fault", ["cut", "another", "stale", "odd", "chosen"])
+def test_a_file_that_is_not_what_its_manifest_says_is_made_anew(
+    fault: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, file, manifest = (
+        ("--max-ipc", "4", "--aug-per-image", "0"),
+        tmp_path / "out/tiny.pt",
+        tmp_path / "out/tiny.json",
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "remove", lambda _: None)
+        before = run(*options)
+    told = json.loads(manifest.read_text())
+    if fault == "cut":
+        file.write_bytes(file.read_bytes()[:2000])
+    elif fault == "another":
+        torch.save(torch.zeros(3), file)
+    elif fault == "stale":
+        torch.save(torch.load(file, weights_only=True)[:3].clone(), file)
+    elif fault == "odd":
+        manifest.write_text(json.dumps(told | {"rounds": "X"}).replace('"X"', "1e999"))
+    else:
+        manifest.write_text(json.dumps(told | {"pool": 9}))
     assert torch.equal(run(*options, "--resume"), before)
-    assert json.loads((tmp_path / "out/tiny.json").read_text())["resumed_rounds"] == 4
+    assert json.loads(manifest.read_text())["resumed_rounds"] == 4
 
 
 def test_a_run_without_time_for_its_rounds_keeps_them(
