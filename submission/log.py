@@ -93,7 +93,8 @@ class Log:
         self._emit("info", text)
 
     def warn(self, text: str) -> None:
-        self.warnings.append(text)
+        if text not in self.warnings:
+            self.warnings.append(text)
         self._emit("warning", text)
 
     @contextmanager

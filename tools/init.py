@@ -152,7 +152,7 @@ def read_names(path: Path) -> list[str]:
         if complaint := _complaint(name):
             raise InputFileError(f"{path}:{number}: {complaint}")
         # In small letters, as text encoders read them.
-        prompt = default_prompt(" ".join(re.sub(UNSEEN, "", name).split())).casefold()
+        prompt = default_prompt(" ".join(re.sub(UNSEEN, "", name).split())).lower()
         if prompt in lines:
             raise InputFileError(
                 f"{path}:{number}: {name!r} asks for the same as line {lines[prompt]}: write what sets them apart, as "

@@ -54,8 +54,8 @@ def build_parser() -> Parser:
         "--limit",
         default="600",
         metavar="TIME",
-        help="when the job is killed, and unless that is said its --budget, or --total for several tasks: 600, 90s or "
-        "10m",
+        help="when the job is killed: 600, 90s or 10m; also its --budget, or --total of several tasks, unless you give "
+        "one",
     )
     add("--output", type=Path, default=Path("outputs"), metavar="DIR", help="gets the job's files")
     return parser

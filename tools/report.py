@@ -45,7 +45,8 @@ def _make_page(options: argparse.Namespace) -> None:
     task = load_task(options.task or manifest["task"])
     images = read_submission(options.manifest.with_suffix(".pt"), task).images
     results = read_json(options.results) if options.results else None
-    if results is not None and task.name not in results.get("tasks", {}):
+    of_tasks = results.get("tasks") if results else None
+    if results is not None and not (isinstance(of_tasks, dict) and isinstance(of_tasks.get(task.name), dict)):
         raise InputFileError(f"{options.results}: no results of evaluate for {task.name}")
     page = options.page or options.manifest.with_suffix(".html")
     write_whole(page, page_about(options.manifest, manifest, task, images, results))

@@ -295,7 +295,7 @@ def _check_archive(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError) as error:
         raise ValueError(first_line(error)) from error
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
         raise ValueError("its archive is compressed, which torch.save never does")

@@ -159,12 +159,11 @@ def parse_task(path: Path) -> Task:
         for c, (start, _) in zip(classes, spans, strict=True):
             value = getattr(c, key)
             value = unicodedata.normalize("NFC", value) if isinstance(value, str) else value
-            if key == "described":
-                value = value.casefold()  # as text encoders read it
-            if value in seen:
-                first = source.line(seen[value])
+            same = value.lower() if key == "described" else value  # text encoders read small letters
+            if same in seen:
+                first = source.line(seen[same])
                 raise source.refusal(start, f"class {key} {value!r} is used twice (first on line {first})")
-            seen[value] = start
+            seen[same] = start
     in_order = sorted(zip(classes, spans, strict=True), key=lambda pair: pair[0].index)
     for expected, (c, (start, _)) in enumerate(in_order):
         if c.index != expected:

@@ -39,6 +39,9 @@ def test_files_that_are_not_a_run_s_are_refused(
     results = tmp_path / "results.json"
     results.write_text('{"tasks": {"cifar100": {}}}')
     assert "no results of evaluate for tiny" in refusal("--results", str(results))
+    for odd in ("5", "null", '{"tiny": 3}', '["tiny"]'):
+        results.write_text(f'{{"tasks": {odd}}}')
+        assert "no results of evaluate for tiny" in refusal("--results", str(results))
     manifest.write_text(json.dumps(content | {"ipc": 3}))
     assert "tells of 9 images for tiny, and these are 6 for tiny: it belongs to another file" in refusal()
     manifest.write_text('{"tasks": {}}')

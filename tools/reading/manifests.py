@@ -29,7 +29,7 @@ def page_about(
     path: Path, manifest: Mapping[str, Any], task: Task, images: Tensor, results: Mapping[str, Any] | None
 ) -> bytes:
     """The page about a run (`submission.report.page.render`), whose manifest was read from `path`. Raises
-    InputFileError where that is the manifest of another file or lacks what the page tells, and so the results."""
+    InputFileError where the manifest is that of another file, or the page tells what is not in it or the results."""
     described = (manifest["task"], len(task.classes) * manifest["ipc"])
     if described != (task.name, len(images)):
         raise InputFileError(

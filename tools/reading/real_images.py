@@ -119,7 +119,7 @@ def _tiny_imagenet(where: Path, task: Task, size: int) -> Pictures:
         return found
     try:
         all_ids = where / "wnids.txt"
-        others = set(_read_lines(all_ids)) if all_ids.is_file() else set()
+        others = {line.strip() for line in _read_lines(all_ids)} if all_ids.is_file() else set()
         lines = [line for line in _read_lines(listing) if line.strip()]
         rows = [(images / name, wnid) for name, wnid, *_ in (line.split("\t") for line in lines)]
     except (OSError, ValueError) as error:

@@ -27,8 +27,8 @@ streetcar tank tractor
 # difference this many of its standard errors.
 FAR_BETTER = 1.5
 STANDARD_ERRORS = 3.0
-# And when it is so many times chance, or half as far from chance as from 1: a network that has learnt next to nothing
-# takes one kind of images for one class, and the order that suits this is better than chance.
+# And when it is so many times chance or, of two classes, halfway from chance to 1: a network that has learnt next to
+# nothing takes one kind of images for one class, and the order that suits this is better than chance.
 LEARNT = 2.0
 # Misplaced classes that a person is told; `results.json` has the whole order.
 SHOWN = 5

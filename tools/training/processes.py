@@ -26,7 +26,7 @@ def join(*, cpu: bool) -> torch.device:
     UsageError."""
     try:
         device: torch.device = PartialState(cpu=cpu).device
-    except (ValueError, RuntimeError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise UsageError(
             f"the environment has some of a launcher's variables ({first_line(error)[:80]}): start the command by "
             "torchrun or accelerate launch, or unset RANK, LOCAL_RANK, WORLD_SIZE and those of MPI"

@@ -165,15 +165,15 @@ def bomb(width: int, height: int) -> bytes:
 def test_hostile_files_are_refused_by_name(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "a.png").write_bytes(content)
     before = psutil.Process().memory_info().rss
-    with pytest.raises(InputFileError, match=rf"a\.png: {words}") as caught:
+    with pytest.raises(InputFileError, match=rf"a\.png: .*{words}") as caught:
         read_image(tmp_path / "a.png", 16)
     assert "\n" not in str(caught.value) and psutil.Process().memory_info().rss - before < 50e6
 
 
 def test_a_library_s_remarks_are_not_for_the_reader(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
-    palette = Image.new("P", (20, 20))
+    palette = Image.linear_gradient("L").convert("P")
     palette.save(tmp_path / "a.png", transparency=bytes(range(200)))
-    assert read_image(tmp_path / "a.png", 16).shape == (3, 16, 16)
+    assert read_image(tmp_path / "a.png", 16).shape == (16, 16, 3)
     assert not recwarn.list
 
 

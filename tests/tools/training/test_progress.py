@@ -150,6 +150,7 @@ def test_a_resumed_training_still_has_its_warnings(tmp_path: Path) -> None:
     after.log.warn("few images")
     after.log.warn("fewer now")
     restore(after, load_whole(tmp_path / STATE))
+    after.log.warn("few images")
     assert after.log.warnings == ["few images", "fewer now"]
     later = begin(clock)
     later.output = tmp_path
