@@ -140,9 +140,9 @@ class Planner:
 
     @property
     def late_at(self) -> float:
-        """The moment from which on all batches under way are late."""
+        """The moment from which on all batches under way are late; never, where there are none."""
         # The guard asks, while the main thread takes batches out of hands.
-        return max((batch.late_at for device in self.devices for batch in device.in_hand[:1]), default=0.0)
+        return max((batch.late_at for device in self.devices for batch in device.in_hand[:1]), default=math.inf)
 
     def plan(self) -> Plan:
         """The largest plan that fits into the time left. Its rounds never lie below the whole rounds already done, and

@@ -2,7 +2,10 @@
 
 from itertools import pairwise
 
+import numpy as np
+
 from submission.plan.estimates import Extent
+from submission.plan.file_plan import STALL_RESERVE
 from tests.submission.plan.made_up import batch_done, generate, make_planner, next_batch
 
 
@@ -60,6 +63,19 @@ def test_the_guard_takes_over_when_the_file_should_have_been_begun() -> None:
     assert planner.overdue() and not planner.budget.late()
     clock.now = 99.9
     assert planner.budget.late()
+
+
+def test_the_guard_takes_over_earlier_where_a_batch_is_late_alone() -> None:
+    """Between two batches nothing is late: the main thread is about to write the file itself."""
+    planner, clock = make_planner(100)
+    batch_done(planner, 100, 50)
+    plan = planner.file_plan
+    clock.now = 100 - plan.closing_reserve - plan.cost.bound(plan.whole) - STALL_RESERVE / 2
+    assert not planner.overdue()
+    planner.devices[0].give(np.arange(10), clock.now)
+    assert not planner.overdue(), "it was only just given"
+    planner.devices[0].in_hand[0].began = -1000.0
+    assert planner.overdue()
 
 
 def test_time_for_what_comes_afterwards_is_kept_unless_a_signal_takes_it() -> None:
