@@ -36,7 +36,7 @@ PIXELS_PER_CHUNK = 1 << 20
 MOST_WORKERS = 8
 # The part of the time that goes into reading the file back: progress is told in one fraction for both.
 VERIFYING = 0.25
-# Slack for float16's rounding of normalised pixels, which are below 4.
+# Slack for float16's rounding of normalised pixels, which are below 4; of larger ones it is in proportion.
 ROUNDING = 0.01
 # A whole file with less standard deviation in a channel, or a mean closer to black or white, holds no photographs.
 LEAST_SPREAD = 0.02
@@ -131,7 +131,9 @@ def verify(path: Path, spec: FileSpec, check: Callable[[float], None] = lambda _
     task = spec.task
     shape = (len(task.classes) * spec.ipc, 3, task.size, task.size)
     mean, std = (figure.flatten() for figure in mean_and_std(task))
-    low, high = (0 - mean) / std - ROUNDING, (1 - mean) / std + ROUNDING
+    low, high = (0 - mean) / std, (1 - mean) / std
+    slack = ROUNDING * torch.maximum(-low, high).div(4).clamp(min=1)
+    low, high = low - slack, high + slack
     sums, squares = torch.zeros(3, dtype=torch.double), torch.zeros(3, dtype=torch.double)
     done = 0
     try:

@@ -92,10 +92,15 @@ def prepare_spool(folder: Path, classes: int, size: int, identity: Mapping[str, 
     return found
 
 
-def remove_if_empty(folder: Path) -> None:
-    """Removes a spool that holds not even a part of a round."""
+def is_empty(folder: Path) -> bool:
+    """Whether a spool, which may not be there, holds not even a part of a round."""
     records = folder / RECORDS
-    if not records.exists() or not records.stat().st_size:
+    return not records.exists() or not records.stat().st_size
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Removes a spool that is (`is_empty`)."""
+    if is_empty(folder):
         shutil.rmtree(folder, ignore_errors=True)
 
 

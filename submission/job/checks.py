@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from submission.dataset.rounds import is_empty
 from submission.job.files import USABLE_ROOM, bytes_per_ipc, check_place, no_room
 from submission.machine.device import choose_devices
 from submission.machine.disk import claimed, read_bytes, room
@@ -47,7 +48,7 @@ def check_all(requests: Sequence[JobRequest], checkpoint: Checkpoint | None) -> 
 def made_before(request: JobRequest, checkpoint: Checkpoint | None) -> int | None:
     """The images per class of the file, if a run before has made it whole and as this request asks for: it left no
     rounds to go on from, and its manifest says the same."""
-    manifest = None if request.spool.exists() else _manifest_of_file(request, checkpoint)
+    manifest = _manifest_of_file(request, checkpoint) if is_empty(request.spool) else None
     return int(manifest["ipc"]) if manifest else None
 
 

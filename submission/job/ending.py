@@ -14,6 +14,7 @@ from submission.model.recipe import Sampling
 from submission.plan.planner import Planner
 from submission.report.manifest import Digests
 from submission.request import JobRequest
+from submission.tasks import builtin_names
 
 # What the report took on two busy CPU cores that had yet to read its libraries from the disk: so much is reserved for
 # it where that is no more than the first share of the budget. Idle cores took a quarter of it (0.6 s for 100 classes):
@@ -127,7 +128,9 @@ class Ending:
     def _report(self) -> None:
         """The page about the run, where there is time for it; the job is complete with or without it."""
         dataset, budget, log = self._request.dataset, self._planner.budget, self._log
-        command = shlex.join(["./run.sh", "report", as_word(dataset.with_suffix(".json"))])
+        task = self._request.image.task.name
+        of_task = [] if task in builtin_names() else ["--task", f"{task}.toml"]
+        command = shlex.join(["./run.sh", "report", as_word(dataset.with_suffix(".json")), *of_task])
         later = f"{command} makes it"
         no_time = f"no time for the report: {later}"
         if budget.usable - budget.exit_reserve < REPORT_LEAST * report_seconds(self._files.plan.composition.classes):

@@ -2,6 +2,7 @@
 
 import io
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,13 @@ def test_verification_refuses(task: Task, tmp_path: Path, change: object, messag
     torch.save(change(torch.load(path, weights_only=True)), path)
     with pytest.raises(OutputError, match=message):
         verify(path, spec)
+
+
+def test_numbers_may_be_large(task: Task, tmp_path: Path) -> None:
+    """A normalisation that leaves pixels as 0 to 255 is one, and float16 rounds these by more."""
+    plain = replace(task, mean=(0.0, 0.0, 0.0), std=(1 / 255, 1 / 255, 1 / 255))
+    write_dataset(tmp_path / "tiny.pt", make_rounds(4, task), FileSpec(plain, 8, "natural", 0, torch.float16))
+    assert torch.load(tmp_path / "tiny.pt", weights_only=True).max() > 250
 
 
 def test_images_of_one_colour_channel_are_images(task: Task, tmp_path: Path) -> None:

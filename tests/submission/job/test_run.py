@@ -99,7 +99,7 @@ def test_without_time_for_the_report_the_job_says_how_to_get_it(
     run("--max-ipc", "2", "--budget", "5m")
     assert not (tmp_path / "out/tiny.html").exists()
     manifest = str(tmp_path / "out/tiny.json")
-    assert f"no time for the report: ./run.sh report {manifest} makes it" in capsys.readouterr().out
+    assert f"no time for the report: ./run.sh report {manifest} --task tiny.toml makes it" in capsys.readouterr().out
     assert report.main([manifest, "--task", str(task_file)]) == 0
     assert (tmp_path / "out/tiny.html").exists()
 
