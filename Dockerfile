@@ -43,6 +43,7 @@ COPY ${WEIGHTS} /weights
 WORKDIR /fetch
 COPY tools/__init__.py tools/fetch_weights.py tools/
 COPY submission/__init__.py submission/arguments.py submission/errors.py submission/streams.py submission/
+COPY submission/machine/__init__.py submission/machine/disk.py submission/machine/
 COPY submission/model/__init__.py submission/model/checkpoint.py submission/model/choice.py submission/model/hub.py \
     submission/model/recipe.py submission/model/
 COPY submission/model/recipes submission/model/recipes

@@ -54,11 +54,6 @@ def interrupted_by_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def as_word(path: Path) -> str:
-    """A path as a word of a command line, which is not taken for an option."""
-    return f"./{path}" if str(path).startswith("-") else str(path)
-
-
 def exit_code_of(
     work: Callable[[], int | None], *, debug: bool = False, file_error: type[BankoError] = InputFileError
 ) -> int:

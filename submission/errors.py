@@ -50,6 +50,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
+def as_word(path: Path) -> str:
+    """A path as a word of a command line, which is not taken for an option."""
+    return f"./{path}" if str(path).startswith("-") else str(path)
+
+
 @contextmanager
 def importing() -> Iterator[None]:
     """Turns what keeps libraries from being imported into a UsageError: packages that are missing, or variables of the

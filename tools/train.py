@@ -29,8 +29,8 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from submission.arguments import Parser, add_device, as_word, exit_code_of, number_from, parse_seconds
-from submission.errors import BudgetError, OutputError, UsageError
+from submission.arguments import Parser, add_device, exit_code_of, number_from, parse_seconds
+from submission.errors import BudgetError, OutputError, UsageError, as_word
 from submission.log import Log, default_style
 from submission.machine.device import choose_device
 from submission.machine.disk import claimed

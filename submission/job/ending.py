@@ -4,9 +4,8 @@ import shlex
 import signal
 import sys
 
-from submission.arguments import as_word
 from submission.engine import Engine
-from submission.errors import BankoError, BudgetError, first_line
+from submission.errors import BankoError, BudgetError, as_word, first_line
 from submission.job.files import JobFiles
 from submission.log import Log
 from submission.machine.disk import release

@@ -201,9 +201,10 @@ class Planner:
         """Says that the budget cannot hold one round, and what would."""
         seconds, classes = self.budget.seconds, self.file_plan.composition.classes
         if not self.paced:
+            longer = math.ceil(2 * max(seconds, self.budget.elapsed))  # later than a task's share of a total
             return BudgetError(
                 f"a budget of {seconds:g} s cannot hold one round: it is over before the first of "
-                f"{math.ceil(classes / self.batch_size)} batches is done; try --budget {math.ceil(2 * seconds)}s or "
+                f"{math.ceil(classes / self.batch_size)} batches is done; try --budget {longer}s or "
                 "--batch-size 1"
             )
         start = max(0.0, self.budget.elapsed - self.images / self.images_per_second)
