@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from submission.arguments import Parser, exit_code_of, interrupted_by_signals
+from submission.arguments import Parser, exit_code_of
 from submission.errors import OutputError
 from submission.machine.disk import write_json
 
@@ -46,8 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     benches = find_benches()
     options = build_parser(benches).parse_args(arguments)
-    with interrupted_by_signals():
-        return exit_code_of(lambda: _run(benches[options.name], options))
+    return exit_code_of(lambda: _run(benches[options.name], options))
 
 
 def _run(bench: ModuleType, options: argparse.Namespace) -> None:
