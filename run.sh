@@ -68,7 +68,7 @@ install() {
     for file in "$@"; do is_installed "$file" || break; done
     is_installed "$file" && return
     [[ -w $here || ! -L $here/.venv/bin/python || -x $here/.venv/bin/python ]] ||
-        fail 1 "$here/.venv/bin/python leads to a Python that is gone, or that this user may not run"
+        fail 1 "$here/.venv/bin/python leads to a Python that is gone or not for this user: have it installed for all"
     [[ -w $here ]] || fail 1 "$here is not writable, and its .venv is not whole: install there as someone who may write"
     if command -v flock >/dev/null; then
         exec 9>"$here/.venv.lock"

@@ -13,10 +13,8 @@ from submission.machine.disk import claimed, read_bytes, room
 from submission.model.checkpoint import Checkpoint
 from submission.model.choice import choose
 from submission.plan.estimates import Extent
+from submission.report.manifest import MOST_BYTES
 from submission.request import JobRequest
-
-# Bytes of a manifest at most: that of a thousand classes takes about one million.
-MOST_BYTES = 1 << 26
 
 
 def checkpoint_of_all(requests: Sequence[JobRequest]) -> Checkpoint | None:

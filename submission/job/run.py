@@ -28,7 +28,7 @@ from submission.job.generate import Generation
 from submission.job.history import History
 from submission.log import Log
 from submission.machine.device import choose_devices, unseen_gpu
-from submission.machine.disk import claimed, goes_with_the_container, offer_temporary, release, remove_unfinished
+from submission.machine.disk import claimed, goes_with_the_container, offer_temporary, remove_unfinished
 from submission.machine.memory import peak_memory
 from submission.model.checkpoint import EMBEDDED, Checkpoint, fingerprint
 from submission.model.choice import choose
@@ -66,7 +66,6 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
             checkpoint = choose(request.model, cuda=engine.placement.kind == "cuda")
         say_what_is_made(request, checkpoint, engine, log)
         with open_spool(request, checkpoint, log) as spool:
-            guard.before_exit(partial(leave, request))
             offer_temporary(spool.folder)
             composition = composition_that_fits(request, spool, log)
             # Once: a checkpoint may be gone by the time of the last manifest.
@@ -240,12 +239,6 @@ def open_spool(request: JobRequest, checkpoint: Checkpoint, log: Log) -> Iterato
                 yield spool
         finally:
             remove_if_empty(folder)
-
-
-def leave(request: JobRequest) -> None:
-    """What the process does with the output folder where the guard ends it: rounds stay there, and no more."""
-    remove_if_empty(request.spool)
-    release(request.output)
 
 
 def loader(request: JobRequest, checkpoint: Checkpoint, engine: Engine, spool: Spool) -> Load:

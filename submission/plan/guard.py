@@ -92,7 +92,7 @@ class Guard:
         self.stop = threading.Event()
         self.last_file_lock = threading.Lock()
         self._duties: Duties | None = None
-        self._before_exit: list[Callable[[], None]] = []
+        self._before_exit: Callable[[], None] = lambda: None
         self._budget, self._end, self._leaving = budget, end, leaving
         self._stopped_by: signal.Signals | None = None
         self._awaited: BankoError | None = None
@@ -103,8 +103,8 @@ class Guard:
         self._duties = duties
 
     def before_exit(self, work: Callable[[], None]) -> None:
-        """Has `work` done, too, which has to be quick, where the guard ends the process."""
-        self._before_exit.append(work)
+        """Has `work` done, which has to be quick, where the guard ends the process."""
+        self._before_exit = work
 
     def __enter__(self) -> Self:
         self._wake, wake = socket.socketpair()
@@ -178,8 +178,7 @@ class Guard:
         self.last_file_lock.release()
 
     def _exit(self, code: int) -> NoReturn:
-        for work in self._before_exit:
-            work()
+        self._before_exit()
         _start(self._leaving.last_lines, code).join(LAST_WORDS_PATIENCE)
         os._exit(self._leaving.exit_code(code))
 

@@ -8,6 +8,8 @@ import threading
 from submission.model.checkpoint import Checkpoint, not_as_published, weight_digests
 from submission.model.choice import recognise
 
+# Bytes of a manifest at most: that of a thousand classes takes about one million.
+MOST_BYTES = 1 << 26
 LIBRARIES = ("torch", "diffusers", "transformers", "accelerate", "numpy", "safetensors")
 
 

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from submission.errors import InputFileError, first_line
 from submission.machine.disk import read_bytes
+from submission.report.manifest import MOST_BYTES
 from submission.report.page import render
 from submission.tasks import Task
-
-# Bytes of either at most: of a thousand classes they take about one million.
-MOST_BYTES = 1 << 26
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -29,7 +27,7 @@ def page_about(
     path: Path, manifest: Mapping[str, Any], task: Task, images: Tensor, results: Mapping[str, Any] | None
 ) -> bytes:
     """The page about a run (`submission.report.page.render`), whose manifest was read from `path`. Raises
-    InputFileError where the manifest is that of another file, or the page tells what is not in it or the results."""
+    InputFileError where the manifest is that of another file, or where it or the results lack what the page shows."""
     described = (manifest["task"], len(task.classes) * manifest["ipc"])
     if described != (task.name, len(images)):
         raise InputFileError(

@@ -382,13 +382,6 @@ def test_a_report_that_takes_too_long_is_left_undone(tmp_path: Path) -> None:
     assert manifest_of(output)["warnings"] == []
 
 
-def test_a_job_that_ends_before_its_model_is_there_leaves_nothing_behind(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-    process = forked.start(output, "--budget", "6s", device=forked.slow_to_load_the_first)
-    assert end(process) == 3 and "is over before the model is loaded" in said(output)
-    assert not list(output.iterdir())
-
-
 def test_what_a_killed_job_left_is_cleared_away_and_said(tmp_path: Path) -> None:
     output = tmp_path / "out"
     process = start_and_wait(output, *NO_CAP)
