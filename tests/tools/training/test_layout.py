@@ -1,5 +1,6 @@
 """The networks that are trained."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 
 from submission.model.checkpoint import EMBEDDED
 from submission.tasks import load_task
+from tests.diffusers_pipeline import load_pipeline
 from tools.training import layout
+from tools.training.prompts import all_prompts
 
 
 def test_a_tokenizer_depends_on_its_prompts_alone() -> None:
@@ -32,6 +35,25 @@ def test_every_size_of_unet_takes_every_canvas(size: str, canvas: int) -> None:
         latents = layout.one_step_latents(networks, noise, conditioning)
         assert networks.vae.decode(latents / layout.LATENT_SCALE).sample.shape == (1, 3, canvas, canvas)
     assert networks.unet.config.sample_size * layout.LATENT_SHRINK == canvas
+
+
+def test_what_fits_begins_as_the_embedded_checkpoint_s() -> None:
+    def begun(words: Sequence[str], size: str) -> set[str]:
+        networks = layout.build_networks(words, size, 32)
+        kept = {name: load_pipeline(EMBEDDED).components[name].state_dict() for name in layout.TRAINED}
+        return {
+            name
+            for name in layout.TRAINED
+            if all(
+                weight.shape == kept[name][key].shape and torch.equal(weight, kept[name][key])
+                for key, weight in getattr(networks, name).state_dict().items()
+            )
+        }
+
+    words = all_prompts([load_task("cifar100"), load_task("tinyimagenet")])
+    assert begun(words, "base") == set(layout.TRAINED)
+    assert begun(words, "small") == {"text_encoder", "text_encoder_2", "vae"}
+    assert begun(["a photo of an apple"], "base") == {"unet", "vae"}
 
 
 def test_a_checkpoint_can_be_handed_on(tmp_path: Path) -> None:
