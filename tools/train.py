@@ -3,7 +3,8 @@
 The story, top to bottom: the critic, a network like the evaluator's, learns to tell the classes apart; the VAE learns
 to keep what the critic sees in the images; the teacher, a UNet, and both text encoders learn to take noise away from
 latents, a little at a time; the teacher draws pairs of noise and sample in several steps each; the student, another
-UNet, learns to make the sample in the one step that the job takes, then samples that are as likely as the teacher's.
+UNet, learns to make the sample in the one step that the job takes; then, where the teacher had not much time, samples
+that are as likely as the teacher's.
 
     ./run.sh train my-classes.toml --data photographs --output outputs/my-model --budget 20m
 
@@ -112,7 +113,12 @@ def build_parser() -> Parser:
         metavar="TIME",
         help="900, 900s or 15m, from the start of the process; a training that is resumed has used a part of it",
     )
-    add("--size", choices=tuple(UNET_WIDTHS), default="small", help="of the UNet: 3.8 or 6.2 million weights")
+    add(
+        "--size",
+        choices=tuple(UNET_WIDTHS),
+        default="small",
+        help="of the UNet: 3.8 or 6.2 million weights; the larger begins as the embedded model's",
+    )
     add("--resume", action="store_true", help="go on from OUTPUT/state.pt where there is one")
     add(
         "--truth_dir",

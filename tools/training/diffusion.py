@@ -37,7 +37,7 @@ RATE = 3e-3
 # step for CIFAR-100's classes is 11% shorter so.
 ALIKE = 4
 UNPROMPTED = 0.1  # share of samples learnt with the empty prompt, for guidance (Ho & Salimans 2022)
-GUIDANCE = 1.5  # of 1, 1.5 and 2.5 what an evaluator's network learnt most from: 0.324, 0.348, 0.311 of test_dev
+GUIDANCE = 1.5  # of 1, 1.25, 1.5 and 2.5 what an evaluator's network learnt most from (submission/embedded/README.md)
 SOLVER_STEPS = 10
 # On these devices the UNet is compiled where the stage has so many seconds left for every canvas. Each takes half a
 # minute, and an H200's steps are a third shorter then (docs/own-data.md); on a CPU it has not been tried.

@@ -3,7 +3,7 @@
 First it learns where the teacher leads from each noise (Luhman & Luhman 2021, knowledge distillation). What is fine in
 a sample gets lost there, for the error is squared; then its samples are made as likely to the teacher as they are to a
 second diffusion model that learns from the student alone (Yin et al. 2024, distribution matching distillation, with the
-two rates of DMD2 in place of its regression).
+two rates of DMD2 in place of its regression), unless the training was long (`MATCHED_BELOW`).
 """
 
 from collections.abc import Callable, Sequence

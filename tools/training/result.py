@@ -99,14 +99,15 @@ def write_result(subject: Subject, progress: Progress) -> str | None:
 
 def sheet_of(output: Path, task: Task, stage: str) -> Path:
     """Where the sheet of a task stands that was drawn last in a stage."""
-    return output / SAMPLES / f"{task.name}_{STAGES[-1] if stage == DONE else stage}.png"
+    return output / SAMPLES / f"{task.name}_{stage}.png"
 
 
 def _write_sheets(subject: Subject, progress: Progress, encoded: Conditioning) -> None:
+    stage = [*progress.journal.steps][-1] if progress.place.stage == DONE else progress.place.stage
     for task, images, first in _places(subject):
         rows = subject.prompts.described[[first + index for index in shown_classes(len(task.classes))]]
         pictures = draw(subject.networks, encoded, rows.repeat_interleave(SHEET_IMAGES), images.canvas, seed=0)
-        file = sheet_of(progress.output, task, progress.place.stage)
+        file = sheet_of(progress.output, task, stage)
         file.parent.mkdir(exist_ok=True)
         write_whole(file, sheet_of_pictures(pictures))
 

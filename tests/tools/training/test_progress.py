@@ -158,6 +158,18 @@ def test_a_resumed_training_still_has_its_warnings(tmp_path: Path) -> None:
     assert later.log.warnings == ["few images"]
 
 
+def test_a_student_of_a_teacher_that_learnt_for_long_is_not_matched() -> None:
+    for taught, last in ((module.MATCHED_BELOW - 1, "match"), (module.MATCHED_BELOW, DONE)):
+        progress = begin(Clock(), "vae")
+        progress.journal.steps["diffusion"] = taught
+        begin_stage(progress, "distil")
+        shares = [module.SHARES["distil"], *([module.SHARES["match"]] if last == "match" else [])]
+        until = (BUDGET - progress.ending) * shares[0] / sum(shares)
+        assert progress.place.until == pytest.approx(until)
+        begin_stage(progress, "match")
+        assert progress.place.stage == last
+
+
 def test_every_image_has_as_much_of_the_work_whatever_its_canvas() -> None:
     images = [
         RealImages(torch.empty(count, 3, side, side), torch.tensor([count])) for count, side in ((400, 32), (100, 64))
