@@ -41,7 +41,7 @@ GUIDANCE = 1.5  # of 1, 1.25, 1.5 and 2.5 what an evaluator's network learnt mos
 SOLVER_STEPS = 10
 # On these devices the UNet is compiled where the stage has so many seconds left for every canvas. Each takes half a
 # minute, and an H200's steps are a third shorter then (docs/own-data.md); on a CPU it has not been tried.
-COMPILES_FROM = {"cuda": 150.0}
+COMPILES_FROM = {"cuda": 100.0}
 
 
 @dataclass(frozen=True)
