@@ -154,6 +154,7 @@ def run(options: argparse.Namespace, given: list[str]) -> int:
     try:
         with claimed(options.output) if processes.is_first() else nullcontext():
             train(options, tasks, device, seconds, began)
+            processes.leave()
     except (OSError, SafetensorError) as error:  # not the data's: what reads them has an error of its own
         raise OutputError(
             f"cannot write to {options.output} ({getattr(error, 'strerror', None) or error}): make room and go on with "

@@ -34,6 +34,12 @@ def join(*, cpu: bool) -> torch.device:
     return device
 
 
+def leave() -> None:
+    """Ends what `join` began, when all have come so far: a process that ends with the threads of it may abort."""
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()
+
+
 def is_first() -> bool:
     """Whether this is the process that decides, and writes files."""
     return bool(PartialState().is_main_process)

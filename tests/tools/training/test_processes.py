@@ -23,6 +23,7 @@ assert torch.equal(first.grad, torch.full((2, 2), 1.5)) and torch.equal(second.g
 with processes.first_before_others():
     with open(sys.argv[1], "a") as log:
         log.write(f"{own}")
+processes.leave()
 """
 
 
