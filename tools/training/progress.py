@@ -140,7 +140,8 @@ def restore(progress: Progress, state: dict[str, Any] | None) -> None:
 
 
 def begin_stage(progress: Progress, stage: str) -> None:
-    """The next stage, with its share of the time that is left for it and those after it; or the end of them all."""
+    """The next stage, with its share of the time that is left for it and those after it; or the end of them all, where
+    none is left or it is the one that a long training goes without."""
     now = progress.budget.elapsed
     stages = [one for one in STAGES if one != "match" or progress.journal.steps.get("diffusion", 0) < MATCHED_BELOW]
     later = stages[stages.index(stage) :] if stage in stages else ()

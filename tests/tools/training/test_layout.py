@@ -38,9 +38,11 @@ def test_every_size_of_unet_takes_every_canvas(size: str, canvas: int) -> None:
 
 
 def test_what_fits_begins_as_the_embedded_checkpoint_s() -> None:
+    embedded = load_pipeline(EMBEDDED).components
+    kept = {name: embedded[name].state_dict() for name in layout.TRAINED}
+
     def begun(words: Sequence[str], size: str) -> set[str]:
         networks = layout.build_networks(words, size, 32)
-        kept = {name: load_pipeline(EMBEDDED).components[name].state_dict() for name in layout.TRAINED}
         return {
             name
             for name in layout.TRAINED
