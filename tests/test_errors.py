@@ -465,6 +465,13 @@ def test_a_disk_with_room_for_the_first_task_alone(disk: str, folder: Path) -> N
     refused(Row("tiny.toml large.toml --model checkpoint --output disk/out", 5, words), folder)
 
 
+@pytest.mark.parametrize("words", [[], ["reading"], ["nonsense"]])
+def test_a_tool_that_is_none(words: list[str]) -> None:
+    command = [sys.executable, "-m", "tools", *words]
+    process = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.startswith("error: ") and process.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("line", "code", "words"),
     [("cifar10", 2, "did you mean 'cifar100'?"), ("init pets.toml --classes nowhere.txt", 6, "there is no such file")],

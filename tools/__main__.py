@@ -2,9 +2,11 @@
 
 import importlib
 import os
+import pkgutil
 import sys
 
-from submission.arguments import exit_code_of
+import tools
+from submission.arguments import Parser, exit_code_of
 from submission.errors import importing
 
 # Threads that wait for each other sleep instead of spinning, as in the job (`submission.__main__`). Beside another busy
@@ -15,12 +17,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 def main() -> int:
     """Runs the command that is named first, and returns its exit code."""
-    name, *arguments = sys.argv[1:]
+    files = {one.name for one in pkgutil.iter_modules(tools.__path__) if not one.ispkg} - {"__main__"}
+    commands = {name: f"tools.{name}" for name in files} | {"bench": "tools.bench.__main__"}
+    parser = Parser(prog="python -m tools", description="Runs a tool, as ./run.sh NAME does.", epilog="")
+    parser.add_argument("name", choices=sorted(commands))
+    name = parser.parse_args(sys.argv[1:2]).name
 
     def run() -> int:
         with importing():
-            module = importlib.import_module("tools.bench.__main__" if name == "bench" else f"tools.{name}")
-        code: int = module.main(arguments)
+            module = importlib.import_module(commands[name])
+        code: int = module.main(sys.argv[2:])
         return code
 
     return exit_code_of(run)

@@ -5,33 +5,29 @@ on the device that the job would choose; the time to the first image is that of 
 """
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from submission.arguments import add_device, number_from, parse_seconds
-from submission.errors import BudgetError, InputFileError, UsageError, first_line
+from submission.errors import UsageError, first_line
 from submission.log import Log
 from submission.machine.device import choose_device
 from submission.machine.memory import peak_memory
 from submission.model import pipeline
 from submission.model.calibration import SAMPLES, draw, gather, worth
-from submission.model.choice import PROJECT, ModelRequest, choose
+from submission.model.choice import ModelRequest, choose
 from submission.model.decoder import canvases, decode, full_decoder, ladder, psnr
 from submission.model.generator import Generator, load_generator
 from submission.model.image_spec import ImageSpec
 from submission.model.sampler import at_resolution
 from submission.plan.budget import Budget, start_budget
 from submission.tasks import builtin_names, load_task
+from tools.bench.jobs import run_job
 from tools.bench.timing import fastest, gemm_flops, unet_flop, unet_step
 
 # A larger batch is tried where the last one was faster by this factor, up to so many images.
@@ -98,19 +94,9 @@ def time_to_first_image(options: argparse.Namespace) -> float | None:
 
     Raises InputFileError where the job fails.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "submission", options.task, "--output", folder, "--budget", f"{JOB_LIMIT:g}s"]
-        command += ["--model", options.model, "--device", options.device, "--devices", "1"]
-        path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
-        completed = subprocess.run(
-            command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
-        )
-        if completed.returncode == BudgetError.exit_code:
-            return None
-        if completed.returncode:
-            raise InputFileError(f"{' '.join(command[2:])} failed: {completed.stderr.strip()}")
-        manifest = json.loads((Path(folder) / f"{load_task(options.task).name}.json").read_bytes())
-    return float(manifest["first_image_seconds"])
+    of_job = ["--budget", f"{JOB_LIMIT:g}s", "--model", options.model, "--device", options.device, "--devices", "1"]
+    manifest = run_job(options.task, of_job)
+    return None if manifest is None else float(manifest["first_image_seconds"])
 
 
 def measure_resolution(generator: Generator, tiny: Any | None, gemm: float, budget: Budget, log: Log) -> dict[str, Any]:

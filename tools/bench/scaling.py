@@ -7,20 +7,13 @@ stands beside it.
 """
 
 import argparse
-import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 from submission.arguments import number_from
-from submission.errors import InputFileError
-
-RUN = Path(__file__).resolve().parents[2] / "run.sh"
+from submission.errors import UsageError
+from tools.bench.jobs import run_job
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
     """By turn: rounds, seconds of generating and seconds to start of both sides; the median, least and largest ratio of
-    a turn, and what the runs warned of. Raises InputFileError."""
+    a turn, and what the runs warned of. Raises UsageError, and InputFileError where a run fails."""
+    if (cores := len(os.sched_getaffinity(0))) < options.devices:
+        raise UsageError(f"--devices {options.devices} with a core each are more than the {cores} cores there are")
     turns: dict[int, list[dict[str, float]]] = {1: [], options.devices: []}
     warnings = []
     for turn in range(options.turns):
@@ -78,22 +73,9 @@ def table(figures: dict[str, Any]) -> str:
 
 def _run(devices: int, seconds: int) -> dict[str, Any]:
     """The manifest of one run on so many cores: the embedded checkpoint, no cap, no copies."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = ["--model", "embedded", "--devices", f"cpu:{devices}", "--max-ipc", "1000000", "--aug-per-image", "0"]
-        command = [str(RUN), "cifar100", *options, "--budget", f"{seconds}s", "--output", folder]
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "BANKO_PYTHON": sys.executable}
-        cores = sorted(os.sched_getaffinity(0))[:devices]
-        if len(cores) < devices:
-            raise InputFileError(f"{devices} devices with a core each need more than the {len(cores)} cores there are")
-        done = subprocess.run(
-            command,
-            env=environment,
-            preexec_fn=partial(os.sched_setaffinity, 0, cores),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            raise InputFileError(f"a run of {devices} devices ended with code {done.returncode}: {done.stderr}")
-        manifest: dict[str, Any] = json.loads((Path(folder) / "cifar100.json").read_bytes())
-        return manifest
+    cores = sorted(os.sched_getaffinity(0))[:devices]
+    options = ["--model", "embedded", "--devices", f"cpu:{devices}", "--max-ipc", "1000000", "--aug-per-image", "0"]
+    manifest = run_job("cifar100", [*options, "--budget", f"{seconds}s"], cores, OMP_NUM_THREADS="1")
+    if manifest is None:
+        raise UsageError(f"--seconds {seconds} are too few for {devices} devices: give more")
+    return manifest
