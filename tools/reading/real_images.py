@@ -130,10 +130,14 @@ def _tiny_imagenet(where: Path, task: Task, size: int) -> Pictures:
         one = next(iter(sorted({file for file, _ in rows} ^ set(there))), "each of them once")
         raise InputFileError(f"{listing}: the images it names cannot be read: {one} is not in it and in {images}")
     own = [(file, index[wnid]) for file, wnid in rows if wnid in index]
+    if lacking := set(index.values()) - {label for _, label in own}:
+        raise InputFileError(f"{listing}: class {task.classes[min(lacking)].name!r} of {task.name} has no images there")
     return Pictures(read_images([file for file, _ in own], size), torch.tensor([label for _, label in own]))
 
 
 def _read_lines(file: Path) -> list[str]:
+    if file.exists() and not file.is_file():
+        raise ValueError("not a file")  # a pipe would never end
     return read_bytes(file, MOST_LISTING).decode("utf-8-sig").splitlines()
 
 

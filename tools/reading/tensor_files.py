@@ -19,6 +19,8 @@ from submission.tasks import Task
 MAX_PICKLE_BYTES = 1 << 16
 # What the pickle of dense tensors, alone or in a dict, refers to; beside these the storage classes, torch.*Storage.
 KNOWN_NAMES = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"}
+# What imports otherwise, or leaves open what is kept for later.
+NEVER_SAVED = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "MEMOIZE", "DUP", "POP", "POP_MARK"}
 # Numbers looked at together when searching for NaN and infinity: 16 MB of float32.
 NUMBERS_PER_CHUNK = 1 << 22
 
@@ -93,7 +95,9 @@ def _check_archive(path: Path) -> None:
             pickle = archive.read(pickles[0])
     except zipfile.BadZipFile as error:
         _refuse(path, f"not a whole file of torch.save, PyTorch 1.6 or newer ({first_line(error)[:120]})")
-    except (OSError, RuntimeError, NotImplementedError, ValueError) as error:
+    except InputFileError:
+        raise
+    except Exception as error:  # noqa: BLE001  as in `_load`
         _refuse(path, f"cannot be read ({first_line(error)[:120]})")
     for name in _names(pickle, path):
         if name not in KNOWN_NAMES and not (name.startswith("torch ") and name.endswith("Storage")):
@@ -101,14 +105,20 @@ def _check_archive(path: Path) -> None:
 
 
 def _names(pickle: bytes, path: Path) -> list[str]:
-    """What the pickle found in a file imports, as "module name"."""
-    names = []
+    """What the pickle found in a file imports, as "module name". Refuses one in which a tuple is used twice: a few
+    dozen tuples of the one before, twice, are a key that takes for ever to look up."""
+    names, tuples, before = [], set[object](), ""
     try:
         for opcode, argument, _ in pickletools.genops(pickle):
             if opcode.name == "GLOBAL":
                 names.append(str(argument))
-            elif opcode.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
-                _refuse(path, "its pickle imports names in a way that torch.save never does")
+            elif opcode.name in NEVER_SAVED:
+                _refuse(path, f"its pickle has {opcode.name}, which torch.save never writes without a pickle_protocol")
+            elif opcode.name in ("BINPUT", "LONG_BINPUT", "PUT") and before.startswith("TUPLE"):
+                tuples.add(argument)
+            elif opcode.name in ("BINGET", "LONG_BINGET", "GET") and argument in tuples:
+                _refuse(path, "its pickle uses a tuple twice, which no file of plain dense tensors does")
+            before = opcode.name
     except (ValueError, IndexError, OverflowError) as error:
         _refuse(path, f"its pickle is damaged ({first_line(error)[:120]})")
     return names

@@ -1,6 +1,7 @@
 """Real images in the forms that people have them in, to train on and to test on."""
 
 import hashlib
+import os
 import pickle
 import shutil
 from dataclasses import replace
@@ -107,20 +108,20 @@ def tiny_folder(tmp_path: Path) -> Path:
     Image.fromarray(colours[0, :, :, 0]).save(images / "val_2.JPEG", format="PNG")
     lines = [f"val_{i}.JPEG\t{TINY_TASK.classes[index].wnid}\t0\t0\t62\t62\n" for i, index in enumerate((7, 0, 199))]
     (images.parent / "val_annotations.txt").write_text("".join(lines))
+    (images.parent.parent / "wnids.txt").write_text("".join(f"{one.wnid}\n" for one in TINY_TASK.classes))
     return tmp_path
 
 
 def test_tiny_imagenet_unpacked(tiny_folder: Path) -> None:
-    found = find_test_images(tiny_folder, TINY_TASK)
+    found = find_test_images(tiny_folder, some_of(TINY_TASK, 0, 7, 199))
     colours = pixels(2, 64)
     grey = colours[:1, :, :, :1].repeat(3, axis=3)
     torch.testing.assert_close(found.images, as_in_a_file(np.concatenate([colours, grey]), "tinyimagenet"))
-    assert found.labels.tolist() == [7, 0, 199]
+    assert found.labels.tolist() == [1, 0, 2]
 
 
 def test_classes_of_tiny_imagenet_are_found_in_it(tiny_folder: Path) -> None:
     where = tiny_folder / "tiny-imagenet-200"
-    (where / "wnids.txt").write_text("".join(f"{one.wnid}\n" for one in TINY_TASK.classes))
     task = some_of(TINY_TASK, 199, 7)
     assert find_test_images(tiny_folder, task).labels.tolist() == [1, 0]
     # As `init` writes it, from names alone.
@@ -173,9 +174,24 @@ def test_tiny_imagenet_sorted_into_folders(inside: str, tiny_folder: Path) -> No
 
 def test_a_blank_line_in_the_list_of_tiny_imagenet_is_nothing(tiny_folder: Path) -> None:
     listing = tiny_folder / "tiny-imagenet-200" / "val" / "val_annotations.txt"
-    before = find_test_images(tiny_folder, TINY_TASK)
+    task = some_of(TINY_TASK, 0, 7, 199)
+    before = find_test_images(tiny_folder, task)
     listing.write_text(listing.read_text() + "\n")
-    assert torch.equal(find_test_images(tiny_folder, TINY_TASK).labels, before.labels)
+    assert torch.equal(find_test_images(tiny_folder, task).labels, before.labels)
+
+
+def test_a_class_that_tiny_imagenet_has_no_image_of_is_named(tiny_folder: Path) -> None:
+    for classes in ((0, 5), (5, 6)):
+        with pytest.raises(InputFileError, match=f"class {TINY_TASK.classes[5].name!r} of .* has no images there"):
+            find_test_images(tiny_folder, some_of(TINY_TASK, *classes))
+
+
+def test_a_pipe_in_the_place_of_tiny_imagenets_list_is_no_list(tiny_folder: Path) -> None:
+    listing = tiny_folder / "tiny-imagenet-200" / "val" / "val_annotations.txt"
+    listing.unlink()
+    os.mkfifo(listing)
+    with pytest.raises(InputFileError, match="not a file"):
+        find_test_images(tiny_folder, TINY_TASK)
 
 
 @pytest.mark.parametrize(

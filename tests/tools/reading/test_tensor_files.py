@@ -121,6 +121,22 @@ def poisoned(value: float) -> torch.Tensor:
     return images
 
 
+def sizes_that_are_not_there(file: Path) -> None:
+    """The archive's directory claims more of its pickle than there is."""
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02.")
+    content = bytearray(file.read_bytes())
+    entry = content.index(b"PK\x01\x02")
+    content[entry + 20 : entry + 28] = (60000).to_bytes(4, "little") * 2
+    file.write_bytes(content)
+
+
+# {((((), ()), ((), ())), ...): 1}: each tuple is the one before, twice, sixty times.
+TWICE_AS_LARGE = b"".join(
+    [b"\x80\x02})", *(b"q" + bytes([index]) + b"h" + bytes([index]) + b"\x86" for index in range(60)), b"K\x01s."]
+)
+
+
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "code": (lambda file: torch.save(Trap(file.parent / "ran"), file), "refers to"),
     "code in a bare pickle": (
@@ -129,7 +145,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "code in protocol 4": (
         lambda file: torch.save(Trap(file.parent / "ran"), file, pickle_protocol=4),
-        "imports names in a way",
+        "without a pickle_protocol",
     ),
     "a terabyte of bytes": (lambda file: torch.save(Hoard(), file), "refers to"),
     "dict": (lambda file: torch.save({"images": GOOD}, file), "holds a dict"),
@@ -168,8 +184,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "two pickles": (lambda file: repack(file, with_two_pickles), "not a file of one tensor"),
     "large pickle": (lambda file: repack(file, with_pickle(bytes(1 << 20))), "not a file of one tensor"),
     "damaged pickle": (lambda file: repack(file, with_pickle(b"\x80\x02X\xff\xff")), "pickle is damaged"),
-    "pickle of nothing": (lambda file: repack(file, with_pickle(b"\x80\x020.")), "torch cannot read it"),
+    "pickle of nothing": (lambda file: repack(file, with_pickle(b"\x80\x02.")), "torch cannot read it"),
     "endless tuples": (lambda file: repack(file, with_pickle(b"\x80\x02" + b"(" * 60000 + b".")), ""),
+    "a key of tuples of tuples": (lambda file: repack(file, with_pickle(TWICE_AS_LARGE)), "a tuple twice"),
+    "sizes that are not there": (sizes_that_are_not_there, "cannot be read"),
     "archive of something else": (lambda file: zipfile.ZipFile(file, "w").writestr("a.txt", "a"), ""),
 }
 
