@@ -429,6 +429,16 @@ def small_training() -> None:
     vars(train).update(start_budget=start)
 
 
+def small_training_stopped_before_a_step() -> None:
+    """As that, and told to stop when the teacher's next step is being prepared."""
+    small_training()
+
+    def stop(*_: object) -> None:
+        raise progress.StoppedError
+
+    vars(train)["train_diffusion"] = stop
+
+
 def ordinary_user() -> None:
     """Someone whom permissions stop."""
     codecs.lookup("cp437")  # zipfile's, which this user may not be able to import from where Python is

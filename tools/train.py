@@ -31,10 +31,10 @@ import transformers
 from safetensors import SafetensorError
 
 from submission.arguments import Parser, add_device, exit_code_of, number_from, parse_seconds
-from submission.errors import BudgetError, OutputError, UsageError, as_word
+from submission.errors import BudgetError, OutputError, UsageError, as_word, first_line
 from submission.log import Log, default_style
 from submission.machine.device import choose_device
-from submission.machine.disk import claimed
+from submission.machine.disk import claimed, remove_unfinished
 from submission.machine.limits import cores
 from submission.machine.memory import keep_freed_memory
 from submission.plan.budget import start_budget
@@ -55,7 +55,9 @@ from tools.training.progress import (
     begin_stage,
     load_whole,
     restore,
+    save,
     save_whole,
+    stages_after,
     state_to_resume,
     stop_if_told,
 )
@@ -67,6 +69,8 @@ from tools.training.vae import train_vae
 LEAST_SECONDS = 30.0
 # Seconds that the end of the process takes, and how much longer the last page may take than the one that was timed.
 EXIT_SECONDS, SLOWER = 2.0, 1.2
+# Until one is timed, a page is taken to take so long: on a CPU by the pixels of the canvases, as two busy cores took.
+PAGE_SECONDS, PAGE_SECONDS_PER_PIXEL = 8.0, 28 / 128**2
 # Stages that decide what the pictures are like.
 TRAINING_STAGES = ("diffusion", "distil", "match")
 # A file of the output.
@@ -141,24 +145,35 @@ def run(options: argparse.Namespace, given: list[str]) -> int:
     tasks = sorted(map(load_task, options.tasks), key=lambda task: canvas_for(task.size))
     if len({task.name for task in tasks}) < len(tasks):
         raise UsageError(f"a task is named twice: {' '.join(options.tasks)}")
-    began = float(os.environ.get(BEGAN, psutil.Process().create_time()))
-    if "RANK" in os.environ:  # one of several, of `run_together` or of another launcher
-        device = processes.join(cpu=options.device == "cpu")
-    else:
-        device = choose_device(options.device)
-        if device.type == "cuda" and torch.cuda.device_count() > 1:
-            os.environ[BEGAN] = str(began)
-            return processes.run_together([sys.executable, "-m", "tools", "train", *given], torch.cuda.device_count())
-        processes.join(cpu=device.type == "cpu")
+    if options.output.resolve() == options.data.resolve():
+        raise UsageError(f"--output {options.output} is where the images are: choose another")
+    began, one_of_several = psutil.Process().create_time(), "RANK" in os.environ  # of `run_together`, or a launcher
+    device = choose_device(options.device)
+    if one_of_several:
+        began = float(os.environ.get(BEGAN, began))
+    elif device.type == "cuda" and torch.cuda.device_count() > 1:
+        os.environ[BEGAN] = str(began)
+        return processes.run_together([sys.executable, "-m", "tools", "train", *given], torch.cuda.device_count())
+    device = processes.join(cpu=device.type == "cpu")
     signal.signal(signal.SIGTERM, stop_reading)
     try:
-        with claimed(options.output) if processes.is_first() else nullcontext():
+        with processes.the_first_speaks(), claimed(options.output) if processes.is_first() else nullcontext():
             train(options, tasks, device, seconds, began)
             processes.leave()
+    except StoppedError as error:
+        words = "stopped while the images were read: go on with --resume"
+        if not (options.output / CHECKPOINT).exists():
+            raise BudgetError(words) from error
+        print(words)
     except (OSError, SafetensorError) as error:  # not the data's: what reads them has an error of its own
         raise OutputError(
             f"cannot write to {options.output} ({getattr(error, 'strerror', None) or error}): make room and go on with "
             "--resume, or choose another --output"
+        ) from error
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UsageError(
+            f"{device.type} has too little memory for this training ({first_line(error)[:80]}): free some, and go on "
+            "with --resume"
         ) from error
     return 0
 
@@ -177,7 +192,9 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
         "device": device.type,
         "processes": processes.count(),
     }
-    recover(options.output)
+    if processes.is_first():
+        recover(options.output)
+        remove_unfinished(options.output, "*")
     state = state_to_resume(options.output, settings, resume=options.resume)
     if state is None:
         forget_sheets(options.output, tasks)
@@ -199,6 +216,9 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
             if device.type == "cpu" and not isinstance(network, transformers.PreTrainedModel):
                 network.to(memory_format=torch.channels_last)  # about three times as fast in these narrow convolutions
         progress = Progress(options.output, budget, log, trained, torch.Generator(device), settings)
+        if device.type == "cpu":
+            pixels = sum(of_canvas.canvas**2 for of_canvas in images)
+            progress.ending = max(PAGE_SECONDS, PAGE_SECONDS_PER_PIXEL * pixels) + EXIT_SECONDS
         restore(progress, state)
         if not can_draw(progress) and budget.left < LEAST_SECONDS + progress.ending:
             left = max(0.0, budget.left)
@@ -217,12 +237,14 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
             raise BudgetError("stopped before anything could be drawn: go on with --resume")
         if copies := write_result(subject, progress):
             log.warn(copies)
+        if progress.place.stage != DONE:
+            save(progress)  # what the page took counts, too
         log.say(f"{options.output / PAGE} tells how it went; to draw with it: {command}")
 
 
 def stop_reading(*_: object) -> None:
-    """What SIGTERM does while the images are read. Raises BudgetError."""
-    raise BudgetError("stopped while the images were read: go on with --resume")
+    """What SIGTERM does while the images are read. Raises StoppedError."""
+    raise StoppedError
 
 
 def follow(subject: Subject, progress: Progress) -> None:
@@ -231,6 +253,8 @@ def follow(subject: Subject, progress: Progress) -> None:
     networks, prompts, images = subject.networks, subject.prompts, subject.images
     output, device = progress.output, progress.generator.device
     teacher, rival = progress.networks["teacher"], progress.networks["rival"]
+    if progress.place.stage == "diffusion":  # of a state that was saved when the teacher had learnt more than is shown
+        networks.unet.load_state_dict(teacher.state_dict())
 
     def show_teacher() -> None:
         networks.unet.load_state_dict(teacher.state_dict())
@@ -254,14 +278,17 @@ def follow(subject: Subject, progress: Progress) -> None:
         stop_if_told(progress)
         steps = progress.journal.steps[stage] = progress.place.step
         if stage == "diffusion" and not steps:
-            raise BudgetError("there was no time for a teacher: give a longer --budget, and another --output")
+            raise BudgetError("there was no time for a teacher: go on with --resume and a longer --budget")
         if stage in TRAINING_STAGES and steps < WARM_UP:
             progress.log.warn(f"in the stage {stage!r} there was time for {steps} steps alone: give a longer --budget")
-        if stage in ("diffusion", "distil"):
+        following = stages_after(progress, stage)[0]
+        # A page to look at; the first also tells how long the last one will take.
+        another = stage == "distil" and following != DONE and progress.budget.left > 2 * progress.ending
+        if stage == "diffusion" or another:
             began = progress.budget.elapsed
-            write_result(subject, progress)  # a page to look at, and how long the last one will take
+            write_result(subject, progress)
             progress.ending = SLOWER * (progress.budget.elapsed - began) + EXIT_SECONDS
-        begin_stage(progress, (*STAGES, DONE)[STAGES.index(stage) + 1])
+        begin_stage(progress, following)
     for file in output.glob("pairs_*.pt"):
         file.unlink(missing_ok=True)
 

@@ -15,9 +15,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from submission import cli
 from submission.errors import OutputError
+from submission.machine.disk import unfinished
 from submission.model.checkpoint import inspect
 from tests import forked
 from tests.diffusers_pipeline import load_pipeline, networks_of, sample
@@ -25,7 +27,7 @@ from tests.paths import ROOT
 from tools import train
 from tools.init import task_text
 from tools.training import arithmetic, layout
-from tools.training.progress import save_whole
+from tools.training.progress import StoppedError, load_whole, save_whole
 
 # Tasks of two canvases: name, size of the images, classes.
 TASKS = {"tiles": (32, ("red", "green", "blue")), "signs": (50, ("stop", "yield"))}
@@ -58,12 +60,12 @@ def test_a_launcher_s_variables_that_lack_others_are_said(data: Path, tmp_path: 
     assert "launcher's variables" in line and "unset" in line
 
 
-def start(data: Path, output: Path, *more: str) -> ForkServerProcess:
+def start(data: Path, output: Path, *more: str, fault: Callable[[], None] = forked.small_training) -> ForkServerProcess:
     tasks = [str(data / f"{name}.toml") for name in TASKS]
     arguments = [*tasks, "--data", str(data), "--output", str(output), "--budget", "3000", "--seed", "5", *more]
     log = output.with_suffix(".errors")
     return forked.start_command(
-        train.main, [*arguments, "--device", "cpu"], log, folder=ROOT, environment={}, fault=forked.small_training
+        train.main, [*arguments, "--device", "cpu"], log, folder=ROOT, environment={}, fault=fault
     )
 
 
@@ -143,6 +145,34 @@ def test_told_to_stop_while_it_reads_it_says_so(data: Path, tmp_path: Path) -> N
     forked.kill(process, signal.SIGTERM)
     assert "error: stopped while the images were read: go on with --resume" in finish(process, output, code=3)
     assert not list(output.glob("images_*"))
+
+
+def test_killed_and_then_stopped_before_a_step_it_shows_what_the_teacher_had_learnt(data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    process = start(data, output)
+    forked.wait_for(reached(output, "diffusion 7 "), process)
+    process.kill()
+    process.join()
+    leftover = unfinished(output / "state.pt")
+    leftover.touch()
+    teacher = load_whole(output / "state.pt")["networks"]["teacher"]
+    finish(start(data, output, "--resume", fault=forked.small_training_stopped_before_a_step), output)
+    shown = load_file(output / "checkpoint/unet/diffusion_pytorch_model.fp16.safetensors")
+    assert all(torch.equal(shown[name], weights.half()) for name, weights in teacher.items())
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize(("there", "code"), [(False, 3), (True, 0)])
+def test_told_to_stop_while_it_reads_a_checkpoint_in_place_is_what_there_is(
+    there: bool, code: int, data: Path, tmp_path: Path, refused: "Refused", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: object) -> None:
+        if there:
+            (tmp_path / "checkpoint").mkdir()
+        raise StoppedError
+
+    monkeypatch.setattr(train, "real_images", read)
+    assert refused("--data", data, "--output", tmp_path)[0] == code
 
 
 def test_what_is_left_tells_what_was_done(trained: Path) -> None:
@@ -242,6 +272,8 @@ def test_wrong_usage_and_data_are_said_in_a_line(data: Path, tmp_path: Path, ref
     out = tmp_path / "out"
     code, said = refused("--data", tmp_path, "--output", out)
     assert code == 6 and "tiles_train.pt: no such file, nor is there a folder per class" in said
+    code, said = refused("--data", data, "--output", data)
+    assert code == 2 and "is where the images are" in said
     code, said = refused("--data", data, "--output", out, "--budget", "soon")
     assert code == 2 and "--budget 'soon'" in said
     code, said = refused("--data", data, "--output", out, tasks=2)
@@ -249,6 +281,27 @@ def test_wrong_usage_and_data_are_said_in_a_line(data: Path, tmp_path: Path, ref
     code, said = refused("--data", data, "--output", out, "--budget", "5s")
     assert code == 3 and "give a longer --budget" in said
     assert len(said.strip().splitlines()) == 1
+
+
+def test_under_a_launcher_a_gpu_that_is_not_there_is_said(
+    data: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, said = refused("--data", data, "--output", tmp_path / "out", "--device", "cuda")
+    assert code == 2 and "--device cuda" in said
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nOf 8 GiB")])
+def test_too_little_memory_is_said(
+    error: Exception, data: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "build_networks", build)
+    code, said = refused("--data", data, "--output", tmp_path / "out")
+    assert code == 2 and "cpu has too little memory for this training" in said
 
 
 def test_a_full_disk_is_what_it_is_called(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ held to keep: the latents then have more of it, and of what no such network sees
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from tools.scoring.training import BATCH_SIZE, Measure, Schedule, train
 from tools.training import processes
 from tools.training.arithmetic import computing
 from tools.training.images import RealImages, to_unit
-from tools.training.progress import Pace, Progress, save, stop_if_told
+from tools.training.progress import Pace, Progress, is_over, save, stop_if_told
 
 SIZE = 32  # pixels of the pictures it sees
 STEPS = 1000  # of SGD, at most; its accuracy on images of 300 classes still rises slowly then
@@ -30,9 +31,13 @@ PROBED = 4  # steps that tell how many the stage's time allows
 Critic = Callable[[Tensor], list[Tensor]]
 
 
+class _LateError(Exception):
+    """The stage's time is over."""
+
+
 def train_critic(progress: Progress, images: Sequence[RealImages]) -> dict[str, Tensor]:
     """Weights of a ConvNet that learnt the images, SIZE px wide, as the evaluator trains, in the stage's time, STEPS at
-    most. Raises StoppedError.
+    most; one that turns out to be late is left as it is then. Raises StoppedError.
 
     Draws from torch's global generators, seeded by the training's seed, and leaves them as they were.
     """
@@ -44,6 +49,8 @@ def train_critic(progress: Progress, images: Sequence[RealImages]) -> dict[str, 
         place.step = step
         progress.log.status(Pace(place, BATCH_SIZE, (0, place.began), progress.budget.elapsed))
         stop_if_told(progress)
+        if processes.agreed(is_over(progress)):
+            raise _LateError
 
     def learn(steps: int) -> dict[str, Tensor]:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -55,7 +62,8 @@ def train_critic(progress: Progress, images: Sequence[RealImages]) -> dict[str, 
                     logits: Tensor = network(batch)
                 return logits.float()
 
-            train(network, pixels, labels, Schedule(max_steps=steps), tell, forward)
+            with suppress(_LateError):
+                train(network, pixels, labels, Schedule(max_steps=steps), tell, forward)
         weights: dict[str, Tensor] = network.state_dict()
         return weights
 
@@ -65,7 +73,7 @@ def train_critic(progress: Progress, images: Sequence[RealImages]) -> dict[str, 
         learn(PROBED)
         pace = max((progress.budget.elapsed - began) / PROBED, 1e-9)
         left = place.until - progress.budget.elapsed
-        place.ends = processes.agreed(min(STEPS, max(PROBED, int(left / pace))))
+        place.ends = processes.agreed(min(STEPS, max(1, int(left / pace))))
         save(progress)
     return learn(place.ends)
 

@@ -16,7 +16,7 @@ from submission.errors import first_line
 from tools.scoring.recorded import recorded
 from tools.training.arithmetic import computing
 from tools.training.images import RealImages
-from tools.training.layout import Conditioning, Networks, predict_v
+from tools.training.layout import Conditioning, Networks, latent_shape, predict_v
 from tools.training.progress import (
     Progress,
     batch_for,
@@ -42,6 +42,9 @@ SOLVER_STEPS = 10
 # On these devices the UNet is compiled where the stage has so many seconds left for every canvas. Each takes half a
 # minute, and an H200's steps are a third shorter then (docs/own-data.md); on a CPU it has not been tried.
 COMPILES_FROM = {"cuda": 100.0}
+# Images that a CPU encodes at a time, when a step asks for them: always as many, for the same latents whatever a step
+# asks for beside them. A training that is resumed repeats itself so.
+ENCODED_IN_A_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,30 @@ class Teacher:
     schedule: NoiseSchedule
     encoded: Conditioning
     solver: Any  # the configuration of the checkpoint's scheduler
+
+
+class Latents:
+    """Those of all images, and then of all images mirrored, float32 `[2 N, 4, h, w]`, encoded when they are first asked
+    for: of many images a short stage comes to few."""
+
+    def __init__(self, vae: Any, images: RealImages) -> None:
+        self._vae, self._pixels = vae, images.pixels
+        count, device = 2 * len(images.pixels), images.pixels.device
+        self._kept = torch.empty(count, *latent_shape(images.canvas), device=device)
+        self._waiting = torch.ones(count, dtype=torch.bool, device=device)
+
+    def __getitem__(self, numbers: Tensor) -> Tensor:
+        """Those of so many numbers, int64 `[n]`."""
+        missing = torch.unique(numbers[self._waiting[numbers]])
+        for first in range(0, len(missing), ENCODED_IN_A_STEP):
+            part = missing[first : first + ENCODED_IN_A_STEP]
+            mirrored, which = part.div(len(self._pixels), rounding_mode="floor"), part % len(self._pixels)
+            pixels = self._pixels[which]
+            pixels = torch.where(mirrored.bool().view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+            filled = pixels[torch.arange(ENCODED_IN_A_STEP, device=part.device) % len(part)]
+            self._kept[part] = encode_images(self._vae, filled)[: len(part)]
+            self._waiting[part] = False
+        return self._kept[numbers]
 
 
 def train_diffusion(
@@ -140,8 +167,11 @@ def _compiled(unet: Any, tries: Callable[[Any], Iterator[Tensor]], progress: Pro
     return compiled
 
 
-def _latents(vae: Any, images: RealImages, progress: Progress) -> Tensor:
-    """Those of all images, and of all images mirrored."""
+def _latents(vae: Any, images: RealImages, progress: Progress) -> Tensor | Latents:
+    """Those of all images, and of all images mirrored. A GPU encodes them at once, in seconds: to know which are
+    missing, a step would have to wait for it. Raises StoppedError."""
+    if images.pixels.device.type == "cpu":
+        return Latents(vae, images)
     parts = []
     for pixels in (images.pixels, images.pixels.flip(-1)):
         for part in torch.split(pixels, ENCODED_AT_ONCE):

@@ -6,8 +6,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -38,6 +38,18 @@ def leave() -> None:
     """Ends what `join` began, when all have come so far: a process that ends with the threads of it may abort."""
     PartialState().wait_for_everyone()
     PartialState().destroy_process_group()
+
+
+@contextmanager
+def the_first_speaks() -> Iterator[None]:
+    """A context in which an error of another process than the first waits before it gets out: what fails in all is to
+    be said once, and `run_together` ends the others meanwhile."""
+    try:
+        yield
+    except Exception:
+        if not is_first():
+            time.sleep(2 * PATIENCE)
+        raise
 
 
 def is_first() -> bool:

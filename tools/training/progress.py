@@ -85,7 +85,7 @@ class Progress:
     place: Place = field(default_factory=Place)
     optimisers: list[dict[str, Any]] | None = None
     journal: Journal = field(default_factory=Journal)
-    ending: float = 10.0  # seconds at the end for checkpoint and page; measured on the way
+    ending: float = 10.0  # seconds at the end for checkpoint, page and exit; measured on the way
 
     @property
     def stopped(self) -> bool:
@@ -93,8 +93,9 @@ class Progress:
         return self.budget.hurried
 
 
-class StoppedError(Exception):
-    """The training was told to finish with what there is, in the middle of something that is of no use unfinished."""
+class StoppedError(BaseException):
+    """The training was told to finish with what there is, in the middle of something that is of no use unfinished. Like
+    KeyboardInterrupt, no error: whoever takes any error for a damaged file lets it through."""
 
 
 def stop_if_told(progress: Progress) -> None:
@@ -125,32 +126,49 @@ def state_to_resume(output: Path, settings: dict[str, Any], *, resume: bool) -> 
 
 
 def restore(progress: Progress, state: dict[str, Any] | None) -> None:
-    """Go on from a state, or begin."""
+    """Go on from a state, or begin. Raises OutputError for the state of another version."""
     if state is not None:
-        for name, network in progress.networks.items():
-            network.load_state_dict(state["networks"][name])
-        progress.place, progress.journal = Place(**state["place"]), Journal(**state["journal"])
-        progress.optimisers, progress.ending = state["optimisers"], state["ending"]
+        try:
+            for name, network in progress.networks.items():
+                network.load_state_dict(state["networks"][name])
+            progress.place, progress.journal = Place(**state["place"]), Journal(**state["journal"])
+            progress.optimisers, progress.ending = state["optimisers"], state["ending"]
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise OutputError(
+                f"{progress.output / STATE} is of another version of this project ({first_line(error)[:80]}): choose "
+                "another --output"
+            ) from error
         said = progress.log.warnings
         said += [text for text in progress.journal.warnings if text not in said]
-        # The budget may be another one.
-        progress.place.until = min(progress.place.until, progress.budget.seconds - progress.ending)
+        # The budget may be another one. With a longer one the rates, where they have begun to fall, rise again.
+        place, before = progress.place, progress.place.until
+        place.until = _end_of(progress, place.stage, place.began)
+        if place.until > before:
+            place.falls = place.ends = None
     if processes.is_first():
         (progress.output / LOG).write_text("".join(line + "\n" for line in progress.journal.lines))
 
 
+def stages_after(progress: Progress, stage: str) -> list[str]:
+    """Those that come after a stage, and the end: a long training goes without `match`."""
+    matched = progress.journal.steps.get("diffusion", 0) < MATCHED_BELOW
+    return [one for one in STAGES[STAGES.index(stage) + 1 :] if one != "match" or matched] + [DONE]
+
+
 def begin_stage(progress: Progress, stage: str) -> None:
-    """The next stage, with its share of the time that is left for it and those after it; or the end of them all, where
-    none is left or it is the one that a long training goes without."""
+    """A stage, with its share of the time that is left for it and those after it; or the end."""
     now = progress.budget.elapsed
-    stages = [one for one in STAGES if one != "match" or progress.journal.steps.get("diffusion", 0) < MATCHED_BELOW]
-    later = stages[stages.index(stage) :] if stage in stages else ()
-    stage = stage if later else DONE
-    share = SHARES[stage] / sum(SHARES[one] for one in later) if later else 0.0
-    until = now + share * max(0.0, progress.budget.left - progress.ending)
-    progress.place = Place(stage, *processes.agreed((now, until)))
+    progress.place = Place(stage, *processes.agreed((now, _end_of(progress, stage, now))))
     progress.optimisers, progress.journal.unlogged = None, []
     save(progress)
+
+
+def _end_of(progress: Progress, stage: str, began: float) -> float:
+    """When a stage that began then is to be over, in seconds of the budget."""
+    if stage == DONE:
+        return began
+    share = SHARES[stage] / sum(SHARES[one] for one in [stage, *stages_after(progress, stage)[:-1]])
+    return began + share * max(0.0, progress.budget.seconds - began - progress.ending)
 
 
 def steps(
@@ -178,7 +196,7 @@ def steps(
     every = 1  # steps between looks at the clock
     while place.ends is None or place.step < place.ends:
         if place.step % every == 0:
-            if processes.agreed(_is_over(progress)):
+            if processes.agreed(is_over(progress)):
                 break
             if place.ends is None and place.step > settled[0] and processes.agreed(_share_over(progress) >= STEADY):
                 place.falls, place.ends = place.step, processes.agreed(place.step + _steps_left(progress, settled))
@@ -217,7 +235,7 @@ def _steps_left(progress: Progress, settled: tuple[int, float]) -> int:
     return max(0, round((place.until - now) * (place.step - settled[0]) / max(now - settled[1], 1e-9)))
 
 
-def _is_over(progress: Progress) -> bool:
+def is_over(progress: Progress) -> bool:
     """Whether the stage ends before its steps are done: it is late, or the training was told to stop."""
     place, end = progress.place, progress.budget.seconds - progress.ending
     late = min(place.until + OVERRUN * (place.until - place.began), max(place.until, end))

@@ -17,7 +17,7 @@ BATCH = 128
 RATE = 5e-4  # a fourth of what suits weights that have learnt nothing yet
 SEEN_WEIGHT = 3.0  # of what the critic sees, a share of its variance; ten times less kept less that classes are told by
 KL_WEIGHT = 1e-3  # per latent, against an L1 of pixels in -1..1: keeps latents smooth, costs next to no detail
-NORMALISE_ON = 2048  # images of each canvas that the latents' mean and std are taken from
+NORMALISE_ON = 2048  # images of 32 px, or as many latents of a larger canvas, that their mean and std are taken from
 ENCODED_AT_ONCE = 256
 
 
@@ -49,7 +49,8 @@ def train_vae(networks: Networks, critic: Critic, progress: Progress, images: Se
         record(progress, **dict(zip(("loss", "seen", "kl", "psnr"), run[canvas](batch, noise), strict=True)))
     if progress.place.step:
         seed_step(progress, progress.place.step, process=0)  # the same images in all of them
-        normalise_latents(vae, [of_canvas.draw(NORMALISE_ON, generator) for of_canvas in images])
+        pictures = [of_canvas.draw(NORMALISE_ON * 32**2 // of_canvas.canvas**2, generator) for of_canvas in images]
+        normalise_latents(vae, pictures)
 
 
 @torch.no_grad()

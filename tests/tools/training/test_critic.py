@@ -1,5 +1,6 @@
 """The critic, and the real images it learns."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,16 @@ def test_a_critic_stops_when_told(images: RealImages) -> None:
     progress.budget.hurry()
     with pytest.raises(StoppedError):
         train_critic(progress, [images])
+
+
+def test_a_critic_that_is_late_is_left_as_it_is(images: RealImages) -> None:
+    """Though it has begun with more steps, in a state, or on a machine that was faster."""
+    seconds = itertools.count().__next__
+    budget = Budget(100.0, 0.0, seconds)
+    progress = Progress(Path(), budget, Log("kept", budget), {}, torch.Generator(), {"seed": 3})
+    progress.place.until, progress.place.ends = 20.0, 1000
+    assert train_critic(progress, [images])
+    assert 3 < progress.place.step < 20
 
 
 def test_a_critic_sees_less_difference_the_more_alike_pictures_are(critic: Critic, images: RealImages) -> None:

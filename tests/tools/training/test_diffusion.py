@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tools.training import diffusion
 from tools.training.diffusion import (
+    Latents,
     NoiseSchedule,
     Teacher,
     column,
@@ -26,6 +27,7 @@ from tools.training.images import RealImages
 from tools.training.layout import Conditioning, Networks, token_ids
 from tools.training.progress import Progress
 from tools.training.prompts import Prompts
+from tools.training.vae import encode_images
 
 CPU = torch.device("cpu")
 SCHEDULER = EulerAncestralDiscreteScheduler(
@@ -119,6 +121,24 @@ def learnt(networks: Networks, begin: Callable[[str, int], Progress]) -> Callabl
         return progress.journal.lines, progress.log.warnings
 
     return train
+
+
+def test_latents_are_encoded_when_they_are_asked_for(networks: Networks, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = torch.randint(256, (20, 3, 32, 32), generator=torch.Generator().manual_seed(4)).byte()
+    images, encoded = RealImages(pixels, torch.tensor([20])), []
+
+    def encode(vae: Any, pixels: Tensor) -> Tensor:
+        encoded.append(len(pixels))
+        return encode_images(vae, pixels)
+
+    monkeypatch.setattr(diffusion, "encode_images", encode)
+    latents = Latents(networks.vae, images)
+    for numbers in ([3, 25, 3], [25, 3], range(18), range(40)):
+        which = torch.tensor([*numbers])
+        wanted = encode_images(networks.vae, torch.cat([pixels, pixels.flip(-1)]))[which]
+        torch.testing.assert_close(latents[which], wanted, atol=1e-4, rtol=1e-4)
+    # 2 of them, none, 17 and 21, always as many at a time.
+    assert encoded == [diffusion.ENCODED_IN_A_STEP] * 5
 
 
 def test_a_compiled_teacher_learns_as_one_that_is_not(

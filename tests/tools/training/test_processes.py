@@ -40,6 +40,17 @@ def test_gradients_are_averaged_and_the_first_process_decides(tmp_path: Path) ->
     assert (tmp_path / "log").read_text() == "01"
 
 
+def test_what_fails_in_all_is_said_once() -> None:
+    program = """
+from tools.training import processes
+processes.join(cpu=True)
+with processes.the_first_speaks():
+    raise FileNotFoundError("no images")
+"""
+    done = run_together(program)
+    assert done.returncode == 1 and done.stderr.count("FileNotFoundError: no images") == 1, done.stderr
+
+
 def test_where_one_fails_the_others_are_ended_and_its_code_is_told() -> None:
     done = run_together("import os, sys, time; int(os.environ['RANK']) and sys.exit(6); time.sleep(1000)")
     assert done.returncode == 6

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from submission.errors import OutputError
 from submission.log import Log
 from submission.plan.budget import Budget
 from tools.training import progress as module
@@ -18,11 +19,13 @@ from tools.training.progress import (
     STAGES,
     STATE,
     Progress,
+    StoppedError,
     batch_for,
     begin_stage,
     load_whole,
     pick,
     restore,
+    stages_after,
     steps,
 )
 
@@ -73,9 +76,9 @@ def test_all_stages_end_with_the_budget_whatever_a_step_takes(seconds: list[floa
     clock = Clock()
     clock.now = read
     progress = begin(clock)
-    for following in (*STAGES[1:], DONE):
+    while (stage := progress.place.stage) != DONE:
         train(progress, clock, seconds)
-        begin_stage(progress, following)
+        begin_stage(progress, stages_after(progress, stage)[0])
     # The last step of the last stage may be under way when its time is over; and what is left is less than the pace
     # told of a stage's last third, give or take a step of the slowest kind.
     assert clock.now <= BUDGET - progress.ending + 2 * max(seconds)
@@ -166,8 +169,49 @@ def test_a_student_of_a_teacher_that_learnt_for_long_is_not_matched() -> None:
         shares = [module.SHARES["distil"], *([module.SHARES["match"]] if last == "match" else [])]
         until = (BUDGET - progress.ending) * shares[0] / sum(shares)
         assert progress.place.until == pytest.approx(until)
-        begin_stage(progress, "match")
-        assert progress.place.stage == last
+        assert stages_after(progress, "distil")[0] == last
+
+
+def test_a_longer_budget_gives_the_stage_at_hand_more_time_and_a_shorter_one_less(tmp_path: Path) -> None:
+    clock = Clock()
+    clock.now = 10.0
+    before = begin(clock, "diffusion")
+    before.output = tmp_path
+    before.place.falls, before.place.ends = 3, 5
+    keep(before)
+    state = load_whole(tmp_path / STATE)
+    for seconds in (BUDGET / 2, BUDGET, 2 * BUDGET):
+        budget = Budget(seconds, 0.0, clock)
+        begun = Progress(tmp_path, budget, Log("kept", budget), {}, torch.Generator(), {"seed": 0})
+        begin_stage(begun, "diffusion")
+        after = Progress(tmp_path, budget, Log("kept", budget), {}, torch.Generator(), {"seed": 0})
+        restore(after, state)
+        assert after.place.until == begun.place.until
+        assert (after.place.ends is None) == (seconds > BUDGET), "with more time the rates have not begun to fall"
+
+
+def test_the_state_of_another_version_is_said_to_be_one(tmp_path: Path) -> None:
+    before = begin(Clock())
+    before.output = tmp_path
+    keep(before)
+    state = load_whole(tmp_path / STATE)
+    for name, other in (("journal", {"gone": 1}), ("place", {"gone": 1}), ("ending", None)):
+        changed = state | {name: other}
+        if other is None:
+            del changed[name]
+        with pytest.raises(OutputError, match="of another version of this project"):
+            restore(before, changed)
+
+
+def test_told_to_stop_while_a_state_is_read_it_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*_: object, **__: object) -> None:
+        raise StoppedError
+
+    monkeypatch.setattr(torch, "load", told)
+    with pytest.raises(StoppedError):
+        load_whole(tmp_path / STATE)
 
 
 def test_every_image_has_as_much_of_the_work_whatever_its_canvas() -> None:
