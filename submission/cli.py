@@ -75,7 +75,9 @@ def build_parser() -> Parser:
         "(default: $BANKO_BUDGET, else 10m)",
     )
     time_limit.add_argument(
-        "--total", metavar="TIME", help="for all tasks together, split by their classes (default: each has its budget)"
+        "--total",
+        metavar="TIME",
+        help="for all tasks together, split by their classes, 15s each at least (default: each has its budget)",
     )
     add(
         "--started-at",
@@ -152,8 +154,8 @@ def build_parser() -> Parser:
     add(
         "--resume",
         action="store_true",
-        help="go on from the rounds that an interrupted run left in the output folder; of several tasks, one that is "
-        "complete is left as it is",
+        help="go on from the rounds that an interrupted run left in the output folder; a file that is complete is left "
+        "as it is",
     )
     add("--log", choices=("plain", "rich", "json"), help="how to tell (default: rich on a terminal, else plain)")
     add("--debug", action="store_true", help="show tracebacks")

@@ -1,6 +1,8 @@
 """An exception for each exit code. Raised where the fact is known, turned into one line by the command line."""
 
 import errno
+import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,16 +60,25 @@ def as_word(path: Path) -> str:
 @contextmanager
 def importing() -> Iterator[None]:
     """Turns what keeps libraries from being imported into a UsageError: packages that are missing, or variables of the
-    environment that they do not understand."""
+    environment that they do not understand. Where Ctrl-C is Python's, it ends the process at once meanwhile: libraries
+    would take it for an error of their own."""
+    interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if interrupts:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield
     except BankoError:
         raise
     except Exception as error:  # of any class
+        own = os.environ.get("BANKO_PYTHON")
+        remedy = f"install requirements.txt for {own}" if own else "remove .venv, and the next start makes it anew"
         raise UsageError(
             f"libraries cannot be imported ({first_line(error)}): if no limit on memory and no variable of the "
-            "environment explains it, remove .venv, and the next start makes it anew"
+            f"environment explains it, {remedy}"
         ) from error
+    finally:
+        if interrupts:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def told_by_the_system(error: OSError) -> str:

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -463,6 +464,20 @@ def test_a_disk_without_room_or_for_reading_alone(disk: str, words: str, folder:
 def test_a_disk_with_room_for_the_first_task_alone(disk: str, folder: Path) -> None:
     words = "one image per class of tiny and large takes 84.96 MB there, and"
     refused(Row("tiny.toml large.toml --model checkpoint --output disk/out", 5, words), folder)
+
+
+def test_ctrl_c_while_libraries_are_imported_is_no_fault_of_theirs() -> None:
+    program = """
+import os, signal
+from submission.errors import importing
+with importing():
+    pass
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+with importing():
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert process.returncode == -signal.SIGINT and not process.stderr
 
 
 @pytest.mark.parametrize("words", [[], ["reading"], ["nonsense"]])

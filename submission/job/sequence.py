@@ -90,7 +90,7 @@ def run_in_turn(
             with Guard(budget, end, outcomes) as guard:
                 with importing():
                     requests = ask(log)
-                if len(requests) > 1:
+                if len(requests) > 1 or requests[0].resume:
                     with guard.awaiting(HUB_IS_LATE):
                         requests = _look_ahead(requests, outcomes)
             for index, request in enumerate(requests):
@@ -123,6 +123,8 @@ def _look_ahead(requests: Sequence["JobRequest"], outcomes: Outcomes) -> Sequenc
         else:
             line = f"{request.dataset}, IPC {ipc}, complete before this run and left as it is"
             outcomes.ended(request.image.task, 0, line)
+            if not outcomes.several:
+                outcomes.log.say(f"{line}: without --resume it is made anew")
     if to_make:
         check_all(to_make, checkpoint)
     return to_make

@@ -23,6 +23,9 @@ CONTAINER = "BANKO_CONTAINER"
 # What is mounted where, as this process sees it (proc(5)).
 MOUNTS = Path("/proc/self/mountinfo")
 
+# Where a process finds its open files: as stdout, and by number.
+OPEN_FILES = (Path("/dev"), Path("/dev/fd"))
+
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[bool]:
@@ -140,9 +143,13 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Writes `path` whole or not at all. Raises OutputError."""
+    """Writes `path` whole or not at all; into it, where it is a device or stands for an open file. Raises
+    OutputError."""
     scratch = unfinished(path)
     try:
+        if path.is_char_device() or path.absolute().parent in OPEN_FILES:
+            path.write_bytes(content)
+            return
         scratch.write_bytes(content)
         scratch.replace(path)
     except OSError as error:

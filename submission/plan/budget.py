@@ -10,6 +10,8 @@ from dataclasses import dataclass
 EXIT_SECONDS, EXIT_SHARE = 0.4, 0.0015
 # Seconds in which a job that was told to stop is gone: containers are given ten.
 GRACE_SECONDS = 6.5
+# Of shared time a task has so many seconds at least, however few its classes are: to start takes about ten.
+LEAST_SHARE = 15.0
 
 
 @dataclass
@@ -72,12 +74,15 @@ class Allowance:
         """The budget of the first of the tasks to come, whose turn `began` then, and that of all of them, the same
         object for the last one. They have so many `classes`.
 
-        Shared time is split by these: an image of each task costs the same, on a canvas that is the checkpoint's. What
-        a task has left is part of what is split at the next turn.
+        Shared time is split by these: an image of each task costs the same, on a canvas that is the checkpoint's. But
+        every task has `LEAST_SHARE` seconds, or as many as the others. What a task has left is part of what is split at
+        the next turn.
         """
         if self.shared:
-            left = self.start + self.seconds - began
-            budget, end = Budget(left * classes[0] / sum(classes), began), Budget(left, began)
+            left, others = self.start + self.seconds - began, len(classes) - 1
+            least = min(LEAST_SHARE, left / len(classes))
+            share = min(max(least, left * classes[0] / sum(classes)), left - others * least)
+            budget, end = Budget(share, began), Budget(left, began)
         else:
             budget, end = Budget(self.seconds, began), Budget(self.seconds * len(classes), began)
         return budget, end if len(classes) > 1 else budget

@@ -151,7 +151,7 @@ class Guard:
             if duties is None:
                 if self._end.late():
                     over = BudgetError(
-                        f"a budget of {self._budget.seconds:g} s is over before the model is loaded: give a longer one"
+                        f"a budget of {round(self._budget.seconds, 1):g} s is over before the model is loaded: give a longer one"
                     )
                     print(f"error: {self._awaited or over}", file=sys.stderr)
                     self._exit((self._awaited or over).exit_code)

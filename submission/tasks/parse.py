@@ -85,7 +85,7 @@ _TASK_RULES: _Rules = {
     "title": _text,
     "size": check_size,
     "mean": _three_numbers("from 0 to 1", lambda v: 0 <= v <= 1),
-    "std": _three_numbers("above 0, at most 1", lambda v: 0 < v <= 1),
+    "std": _three_numbers("above 0, 0.0001 to 1", lambda v: 1e-4 <= v <= 1),
     "max_ipc": _whole_number(1),
     "classes": _classes,
     "phrasings": _phrasings,

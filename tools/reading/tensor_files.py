@@ -134,6 +134,8 @@ def _checked_images(images: object, task: Task, path: Path, what: str) -> torch.
         _refuse(path, f"{what} holds {dtype} ({images.layout}), not {wanted}")
     if images.ndim != 4 or images.shape[1:] != (3, task.size, task.size):
         _refuse(path, f"{what} has shape {list(images.shape)}, not {wanted}")
+    if images.is_neg():
+        _refuse(path, f"{what} holds numbers that are to be read with the other sign: save what clone() makes of them")
     if images.numel() * images.element_size() > images.untyped_storage().nbytes():
         _refuse(path, f"{what} claims {images.numel():,} numbers, more than are stored")
     images = images.detach()

@@ -13,6 +13,16 @@ from submission.machine import disk
 ROOT_MOUNT = "22 1 0:20 / / rw - overlay overlay rw"
 
 
+def test_what_is_no_file_is_written_into() -> None:
+    disk.write_whole(Path("/dev/null"), b"nothing")
+    assert Path("/dev/null").is_char_device()
+    reader, writer = os.pipe()
+    disk.write_whole(Path(f"/dev/fd/{writer}"), b"something")
+    assert os.read(reader, 100) == b"something"
+    os.close(reader)
+    os.close(writer)
+
+
 @pytest.fixture
 def mounts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the kernel says is mounted, for a process in a container."""

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from submission.plan.budget import Allowance, start_budget
+from submission.plan.budget import LEAST_SHARE, Allowance, start_budget
 
 
 def test_the_budget_begins_at_the_earliest_start() -> None:
@@ -21,13 +21,16 @@ TASKS = st.lists(st.tuples(st.integers(2, 1000), st.floats(0, 1)), min_size=1, m
 
 @given(st.floats(1, 3600), TASKS)
 def test_shared_time_is_never_overrun_and_none_of_it_is_lost(seconds: float, tasks: list[tuple[int, float]]) -> None:
-    """Each task takes a part of its budget: what it leaves goes to the others, by their classes."""
+    """Each task takes a part of its budget: what it leaves goes to the others, by their classes. None starves."""
     allowance, now = Allowance(seconds, start=100.0, shared=True), 100.0
     for index, (_, part) in enumerate(tasks):
         to_come = [classes for classes, _ in tasks[index:]]
         budget, end = allowance.turn(to_come, now)
         assert budget.start == end.start == now and now + end.seconds == pytest.approx(100 + seconds)
-        assert budget.seconds == pytest.approx(end.seconds * to_come[0] / sum(to_come))
+        least = 0.999 * min(LEAST_SHARE, end.seconds / len(to_come))
+        assert budget.seconds >= least and end.seconds - budget.seconds >= least * (len(to_come) - 1)
+        if min(to_come) * end.seconds >= LEAST_SHARE * sum(to_come):
+            assert budget.seconds == pytest.approx(end.seconds * to_come[0] / sum(to_come))
         assert (end is budget) == (len(to_come) == 1), "the last one has all that is left"
         now += part * budget.seconds
 

@@ -159,6 +159,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "no image axis": (lambda file: torch.save(GOOD.flatten(), file), "shape [4608]"),
     "wrong size": (lambda file: torch.save(GOOD[..., :8], file), "shape [6, 3, 16, 8]"),
     "channels at the end": (lambda file: torch.save(GOOD.permute(0, 2, 3, 1), file), "shape [6, 16, 16, 3]"),
+    "negative": (lambda file: torch.save(torch._neg_view(GOOD), file), "the other sign"),
     "no images": (lambda file: torch.save(GOOD[:0], file), "0 images"),
     "unbalanced": (lambda file: torch.save(GOOD[:5], file), "5 images, which is no multiple of the 3 classes"),
     "NaN": (lambda file: torch.save(poisoned(float("nan")), file), "NaN or infinity"),
