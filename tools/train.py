@@ -15,6 +15,7 @@ that are as likely as the teacher's.
 import argparse
 import copy
 import hashlib
+import math
 import os
 import shlex
 import signal
@@ -221,8 +222,10 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
             progress.ending = max(PAGE_SECONDS, PAGE_SECONDS_PER_PIXEL * pixels) + EXIT_SECONDS
         restore(progress, state)
         if not can_draw(progress) and budget.left < LEAST_SECONDS + progress.ending:
-            left = max(0.0, budget.left)
-            raise BudgetError(f"{left:.0f} of {seconds:.0f} s are left to train in: give a longer --budget")
+            left, enough = max(0.0, budget.left), math.ceil(budget.elapsed + LEAST_SECONDS + progress.ending)
+            raise BudgetError(
+                f"{left:.0f} of {seconds:.0f} s are left to train in: give a longer --budget, of {enough} s at least"
+            )
         if state is None:
             begin_stage(progress, STAGES[0])
         elif progress.place.stage == DONE:

@@ -16,6 +16,7 @@ A recipe may put other files or folders in the place of some of these (`submissi
 
 import hashlib
 import json
+import math
 import os
 import threading
 import zipfile
@@ -48,6 +49,10 @@ WEIGHTS = {
 # Endings of weights that are Python objects.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 LATENT_CHANNELS = 4
+# Tokens that CLIP's text encoders read.
+CLIP_TOKENS = 77
+# Pixels of a canvas's side at most: four times what the largest models draw.
+MOST_PIXELS = 4096
 # How what git-LFS leaves in the place of a file begins.
 LFS_POINTER = b"version https://git-lfs"
 # A fingerprint takes so many samples of so many bytes from every weight file, evenly spaced.
@@ -105,6 +110,11 @@ class Checkpoint:
         return [component for component in self.weights if component.startswith("text_encoder")]
 
     @property
+    def tokens(self) -> int:
+        """Tokens of a prompt that its text encoders read at most."""
+        return int(self.configs["text_encoder"].get("max_position_embeddings", CLIP_TOKENS))
+
+    @property
     def vae_factor(self) -> int:
         """Pixels of the canvas a latent pixel stands for."""
         return int(2 ** (len(self.configs["vae"]["block_out_channels"]) - 1))
@@ -139,7 +149,7 @@ def inspect_recipe(recipe: Recipe, source: str) -> Checkpoint:
     path = Path(recipe.base)
     index = _read_json(path / "model_index.json")
     kind = index.get("_class_name")
-    if kind not in LAYOUTS:
+    if not isinstance(kind, str) or kind not in LAYOUTS:
         raise CheckpointError(f"{path} holds a {kind}, and not one of those that are read: {', '.join(LAYOUTS)}")
     texts = [component for component in LAYOUTS[kind] if component.startswith("text_encoder")]
     tokenizers = [_tokenizer(text) for text in texts]
@@ -149,6 +159,7 @@ def inspect_recipe(recipe: Recipe, source: str) -> Checkpoint:
     configs |= {"model_index": index, "scheduler": _read_json(_folder(recipe, "scheduler") / "scheduler_config.json")}
     for folder in [_folder(recipe, name) for name in tokenizers]:
         configs[folder.name] = _read_json(folder / "tokenizer_config.json")
+        _whole_number(configs, folder.name, "model_max_length", default=CLIP_TOKENS)
         # Without its vocabulary a tokenizer loads all the same, and takes every word for unknown.
         vocabulary = _vocabulary(folder)
         if not {"tokenizer.json", "vocab.json"} & {file.name for file in vocabulary}:
@@ -162,14 +173,16 @@ def inspect_recipe(recipe: Recipe, source: str) -> Checkpoint:
     sampling = recipe.sampling
     if sampling.count is None:
         sampling = replace(sampling, steps=_steps_of(path, configs["scheduler"] | dict(sampling.settings)))
-    try:
-        factor = 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-        own = int(configs["unet"]["sample_size"]) * factor
-        # What is not in a text encoder's configuration is as in CLIP.
-        tokens = int(configs["text_encoder"].get("max_position_embeddings", 77))
-        prompt_size = tokens * int(configs["unet"]["cross_attention_dim"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: unet/config.json or vae/config.json lacks a usable {error}") from error
+    for component in ("unet", "vae"):
+        if not isinstance(levels := configs[component].get("block_out_channels"), list) or not levels:
+            raise CheckpointError(f"{component}/config.json: block_out_channels must be a list, and is {levels!r:.40}")
+    scaling = configs["vae"].get("scaling_factor", 1.0)
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not 0 < scaling < math.inf:
+        raise CheckpointError(f"vae/config.json: scaling_factor must be a number above 0, and is {scaling!r:.40}")
+    own = _whole_number(configs, "unet", "sample_size") * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+    # What is not in a text encoder's configuration is as in CLIP.
+    tokens = _whole_number(configs, "text_encoder", "max_position_embeddings", default=CLIP_TOKENS)
+    prompt_size = tokens * _whole_number(configs, "unet", "cross_attention_dim")
     _check_fit(weights, configs, texts)
     resolutions, classes = _trained_for(path, own)
     found = Checkpoint(
@@ -182,11 +195,26 @@ def inspect_recipe(recipe: Recipe, source: str) -> Checkpoint:
         prompt_size,
         tokens * sum(map(_cross_attention_width, weights["unet"].files)),
     )
+    if not recipe.resolution and any(one % found.resolution_step for one in resolutions):
+        raise CheckpointError(
+            f"{path / 'training.json'}: resolutions {list(resolutions)} are no multiples of {found.resolution_step}, "
+            "which the networks need"
+        )
     if recipe.resolution and recipe.resolution % found.resolution_step:
         raise UsageError(
             f"{source}: resolution {recipe.resolution} is no multiple of {found.resolution_step}, which {path} needs"
         )
     return found
+
+
+def _whole_number(configs: Mapping[str, Any], component: str, name: str, default: int | None = None) -> int:
+    """A number of a component's configuration, 1 or more. Raises CheckpointError."""
+    value = configs[component].get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise CheckpointError(
+            f"{component}'s configuration: {name} must be a whole number, 1 or more, and is {value!r:.40}"
+        )
+    return value
 
 
 def _trained_for(path: Path, own: int) -> tuple[tuple[int, ...], frozenset[str] | None]:
@@ -195,8 +223,10 @@ def _trained_for(path: Path, own: int) -> tuple[tuple[int, ...], frozenset[str] 
     file = path / "training.json"
     said = _read_json(file) if file.exists() else {}
     resolutions, classes = said.get("resolutions", [own]), said.get("classes")
-    if not isinstance(resolutions, list) or not resolutions or not all(isinstance(r, int) for r in resolutions):
+    if not isinstance(resolutions, list) or not resolutions:
         raise CheckpointError(f"{file}: resolutions must be a list of pixel sizes")
+    if not all(type(one) is int and 0 < one <= MOST_PIXELS for one in resolutions):
+        raise CheckpointError(f"{file}: resolutions must be pixel sizes, from 1 to {MOST_PIXELS}")
     if classes is None:
         return tuple(sorted(resolutions)), None
     if not isinstance(classes, dict) or not all(isinstance(names, list) for names in classes.values()):
@@ -454,6 +484,8 @@ def _refuse_pointer(file: Path, content: bytes) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    if file.exists() and not file.is_file():
+        raise CheckpointError(f"{file} is not a file")  # a pipe would never end
     try:
         text = read_bytes(file, MOST_TEXT)
         _refuse_pointer(file, text)

@@ -88,7 +88,8 @@ class TextEncoders:
             tokens = tokenizer(
                 list(prompts),
                 padding="max_length",
-                max_length=tokenizer.model_max_length,
+                # Of a tokenizer that was saved without a length it is 1e30.
+                max_length=min(tokenizer.model_max_length, encoder.config.max_position_embeddings),
                 truncation=True,
                 return_tensors="pt",
             ).input_ids.to(self._device)
@@ -168,8 +169,9 @@ def encode_later(
 def too_long(checkpoint: Checkpoint, prompts: Sequence[str]) -> list[str]:
     """The prompts of more tokens than the text encoders read, which would be cut. Raises CheckpointError."""
     tokenizer = _load_tokenizer(checkpoint.folder("tokenizer"))
+    most = min(tokenizer.model_max_length, checkpoint.tokens)
     lengths = map(len, tokenizer(list(prompts), verbose=False).input_ids)
-    return [p for p, length in zip(prompts, lengths, strict=True) if length > tokenizer.model_max_length]
+    return [p for p, length in zip(prompts, lengths, strict=True) if length > most]
 
 
 def load_unet(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:

@@ -103,8 +103,10 @@ def load_scheduler(checkpoint: Checkpoint) -> tuple[Any, bool]:
         raise UsageError(f"{where} needs what is not installed: pip install {packages}")
     known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
     known = known and hasattr(kind, "set_timesteps") and hasattr(kind, "step")
+    # What no recipe has asked for is the checkpoint's.
+    refused = UsageError if sampling.scheduler or sampling.settings else CheckpointError
     if not known:
-        raise UsageError(f"{where}: diffusers has no scheduler of that name, such as EulerDiscreteScheduler")
+        raise refused(f"{where}: diffusers has no scheduler of that name, such as EulerDiscreteScheduler")
     unknown = set(sampling.settings) - set(inspect.signature(kind).parameters)
     if unknown:
         raise UsageError(f"{where} has no setting {min(unknown)!r}")
@@ -129,7 +131,7 @@ def load_scheduler(checkpoint: Checkpoint) -> tuple[Any, bool]:
     except UsageError:
         raise
     except Exception as error:  # of any class: what it computes with is the user's
-        raise UsageError(f"{where} does not take {sampling.settings or sampling} ({first_line(error)})") from error
+        raise refused(f"{where} does not take {sampling.settings or sampling} ({first_line(error)})") from error
     noisy = not torch.equal(*ends)
     if noisy and "generator" not in inspect.signature(kind.step).parameters:
         raise UsageError(f"{where} draws noise for a whole batch, and images here are drawn one by one: choose another")

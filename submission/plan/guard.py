@@ -4,6 +4,7 @@ Python runs signal handlers on the main thread, between two of its instructions,
 from there for a minute. So signals wake this thread instead, and it watches the clock.
 """
 
+import math
 import os
 import select
 import signal
@@ -150,8 +151,11 @@ class Guard:
             duties = self._duties
             if duties is None:
                 if self._end.late():
+                    seconds = self._budget.seconds
+                    longer = math.ceil(2 * max(seconds, self._budget.elapsed))
                     over = BudgetError(
-                        f"a budget of {round(self._budget.seconds, 1):g} s is over before the model is loaded: give a longer one"
+                        f"a budget of {seconds:.4g} s is over before the model is loaded: give a longer one, such as "
+                        f"--budget {longer}s"
                     )
                     print(f"error: {self._awaited or over}", file=sys.stderr)
                     self._exit((self._awaited or over).exit_code)

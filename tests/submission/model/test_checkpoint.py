@@ -1,6 +1,7 @@
 """Which checkpoint is chosen, and which are refused, on real folders of the SDXL layout."""
 
 import json
+import math
 import os
 import shutil
 import zipfile
@@ -18,8 +19,9 @@ from submission.model.checkpoint import fingerprint, inspect, inspect_recipe, pl
 from submission.model.choice import ModelRequest, choose, recognise
 from submission.model.generator import load_generator
 from submission.model.image_spec import ImageSpec
-from submission.model.pipeline import encode_prompts
+from submission.model.pipeline import encode_prompts, too_long
 from submission.model.recipe import Sampling, load_recipe
+from submission.model.sampler import load_scheduler
 from submission.plan.budget import start_budget
 from submission.tasks import load_task
 from tests.conftest import make_pipeline
@@ -135,6 +137,64 @@ def test_a_damaged_tokenizer_is_said(copy: Path) -> None:
     (copy / "tokenizer/merges.txt").write_text("#version: 0.2\na b\n")
     with pytest.raises(CheckpointError, match=r"tokenizer cannot be loaded"):
         encode_prompts(inspect(copy, "test"), ["a"], torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "value"),
+    [
+        ("tokenizer/tokenizer_config.json", "model_max_length", 0),
+        ("tokenizer_2/tokenizer_config.json", "model_max_length", "x"),
+        ("training.json", "resolutions", [0]),
+        ("training.json", "resolutions", [-8]),
+        ("training.json", "resolutions", [33]),
+        ("training.json", "resolutions", [100_000]),
+        ("vae/config.json", "scaling_factor", "x"),
+        ("vae/config.json", "scaling_factor", math.inf),
+        ("vae/config.json", "block_out_channels", 8),
+        ("unet/config.json", "sample_size", math.inf),
+        ("unet/config.json", "cross_attention_dim", [16, 16]),
+        ("text_encoder/config.json", "max_position_embeddings", math.inf),
+    ],
+)
+def test_what_a_configuration_cannot_say_is_named(file: str, name: str, value: object, copy: Path) -> None:
+    before = json.loads((copy / file).read_text()) if (copy / file).exists() else {}
+    (copy / file).write_text(json.dumps(before | {name: value}))
+    with pytest.raises(CheckpointError, match=name):
+        inspect(copy, "test")
+
+
+@pytest.mark.parametrize("kind", [["x"], {}, None])
+def test_a_pipeline_of_no_name_is_refused(kind: object, copy: Path) -> None:
+    (copy / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(CheckpointError, match="and not one of those that are read"):
+        inspect(copy, "test")
+
+
+def test_a_pipe_in_the_place_of_a_configuration_is_not_waited_for(copy: Path) -> None:
+    (copy / "unet/config.json").unlink()
+    os.mkfifo(copy / "unet/config.json")
+    with pytest.raises(CheckpointError, match="is not a file"):
+        inspect(copy, "test")
+
+
+def test_a_tokenizer_saved_without_a_length_reads_what_the_encoder_does(copy: Path, checkpoint_folder: Path) -> None:
+    for folder in ("tokenizer", "tokenizer_2"):
+        file = copy / folder / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": int(1e30)}))
+    prompts = ["apple", "a" * 100]
+    made = [
+        encode_prompts(inspect(folder, "test"), prompts, torch.device("cpu"), torch.float32).embeds
+        for folder in (copy, checkpoint_folder)
+    ]
+    assert torch.equal(*made)
+    assert too_long(inspect(copy, "test"), prompts) == prompts[1:]
+
+
+def test_a_scheduler_of_the_checkpoint_that_there_is_not_is_its_fault(copy: Path) -> None:
+    file = copy / "scheduler/scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_start": "x"}))
+    with pytest.raises(CheckpointError, match="does not take"):
+        load_scheduler(inspect(copy, "test"))
 
 
 def test_another_pipeline_is_refused(copy: Path) -> None:
