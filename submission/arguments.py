@@ -100,7 +100,8 @@ def number_from(low: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         # Python itself reads and takes more: 1_000, digits of all scripts, and numbers no library can hold.
         if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {low} or more")
+            most = ", of 18 digits at most" * (len(text) > 18)
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, {low} or more{most}")
         return int(text)
 
     return number

@@ -10,6 +10,7 @@ from submission.job.files import JobFiles
 from submission.log import Log
 from submission.machine.disk import release
 from submission.model.recipe import Sampling
+from submission.plan.estimates import Composition
 from submission.plan.planner import Planner
 from submission.report.manifest import Digests
 from submission.request import JobRequest
@@ -112,7 +113,7 @@ class Ending:
             f"{request.dataset}: {plan.composition.classes} classes, IPC {extent.ipc} "
             f"({min(extent.rounds, extent.ipc)} generated, {copies}), {left:.1f} s before the deadline"
         )
-        if unused := idle_time(self._planner, self._sampling):
+        if unused := idle_time(self._planner, self._sampling, request.composition):
             log.say(unused)
         self.complete = True
         stopped = plan.budget.hurried and (plan.composition.pool or spool.count < plan.composition.cap)
@@ -147,10 +148,11 @@ class Ending:
         self._report_under_way = ""
 
 
-def idle_time(planner: Planner, sampling: Sampling) -> str | None:
+def idle_time(planner: Planner, sampling: Sampling, wanted: Composition) -> str | None:
     """What would have fitted into the time left, where there is much of it: more images or, of a model that more steps
-    help, better ones."""
-    if not (room := planner.would_fit()):
+    help, better ones. None where the disk has no room for what was wanted."""
+    fewer = planner.file_plan.composition.most_rounds < wanted.most_rounds
+    if fewer or not (room := planner.would_fit()):
         return None
     rounds, times = room
     option = "--pool" if planner.file_plan.composition.pool else "--max-ipc"

@@ -97,7 +97,7 @@ def run(request: JobRequest, budget: Budget, log: Log, guard: Guard, prepare: Pr
                     **log.facts(),
                     **digests.facts(),
                     **machine(),
-                    "idle_time": idle_time(planner, checkpoint.sampling),
+                    "idle_time": idle_time(planner, checkpoint.sampling, request.composition),
                     **history.facts(),  # the longest, last
                 }
 

@@ -395,4 +395,4 @@ def load_whole(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of any class: the file may be anything
-        raise OutputError(f"{path} cannot be read ({first_line(error)[:80]}): choose another --output") from error
+        raise OutputError(f"{path} cannot be read, damaged or no training's: choose another --output") from error

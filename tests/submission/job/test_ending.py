@@ -248,6 +248,7 @@ def test_a_small_disk_bounds_the_file(small_disk: Path) -> None:
     manifest = manifest_of(output)
     assert 10 <= manifest["ipc"] == manifest["rounds"] < 40e6 / (100 * 3 * 32 * 32 * 4)
     assert any("no room" in warning for warning in manifest["warnings"])
+    assert manifest["idle_time"] is None, "no more would have fitted"
 
 
 def test_a_clock_that_is_set_changes_nothing(tmp_path: Path) -> None:
