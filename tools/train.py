@@ -34,7 +34,7 @@ from safetensors import SafetensorError
 from submission.arguments import Parser, add_device, exit_code_of, number_from, parse_seconds
 from submission.errors import BudgetError, OutputError, UsageError, as_word, first_line
 from submission.log import Log, default_style
-from submission.machine.device import choose_device
+from submission.machine.device import choose_device, choose_devices
 from submission.machine.disk import claimed, remove_unfinished
 from submission.machine.limits import cores
 from submission.machine.memory import keep_freed_memory
@@ -148,14 +148,17 @@ def run(options: argparse.Namespace, given: list[str]) -> int:
         raise UsageError(f"a task is named twice: {' '.join(options.tasks)}")
     if options.output.resolve() == options.data.resolve():
         raise UsageError(f"--output {options.output} is where the images are: choose another")
-    began, one_of_several = psutil.Process().create_time(), "RANK" in os.environ  # of `run_together`, or a launcher
-    device = choose_device(options.device)
-    if one_of_several:
+    began = psutil.Process().create_time()
+    if "RANK" in os.environ:  # one of several, of `run_together` or of another launcher
         began = float(os.environ.get(BEGAN, began))
-    elif device.type == "cuda" and torch.cuda.device_count() > 1:
-        os.environ[BEGAN] = str(began)
-        return processes.run_together([sys.executable, "-m", "tools", "train", *given], torch.cuda.device_count())
-    device = processes.join(cpu=device.type == "cpu")
+        kind, _ = choose_devices(options.device, 1)
+        device = processes.join(cpu=kind == "cpu")
+    else:
+        device = choose_device(options.device)
+        if device.type == "cuda" and torch.cuda.device_count() > 1:
+            os.environ[BEGAN] = str(began)
+            return processes.run_together([sys.executable, "-m", "tools", "train", *given], torch.cuda.device_count())
+        processes.join(cpu=device.type == "cpu")
     signal.signal(signal.SIGTERM, stop_reading)
     try:
         with processes.the_first_speaks(), claimed(options.output) if processes.is_first() else nullcontext():
