@@ -14,6 +14,7 @@ from torch import Tensor
 
 from submission.errors import first_line
 from tools.scoring.recorded import recorded
+from tools.training import processes
 from tools.training.arithmetic import computing
 from tools.training.images import RealImages
 from tools.training.layout import Conditioning, Networks, latent_shape, predict_v
@@ -24,6 +25,7 @@ from tools.training.progress import (
     optimisers_of,
     pick,
     record,
+    share_over,
     steps,
     stop_if_told,
     update,
@@ -42,9 +44,9 @@ SOLVER_STEPS = 10
 # On these devices the UNet is compiled where the stage has so many seconds left for every canvas. Each takes half a
 # minute, and an H200's steps are a third shorter then (docs/own-data.md); on a CPU it has not been tried.
 COMPILES_FROM = {"cuda": 100.0}
-# Images that a CPU encodes at a time, when a step asks for them: always as many, for the same latents whatever a step
-# asks for beside them. A training that is resumed repeats itself so.
-ENCODED_IN_A_STEP = 16
+# A CPU encodes images ahead for so much of the stage's time, and the others when a step asks for them; always so many
+# at a time, for the same latents whatever is asked for beside them: a training that is resumed repeats itself.
+ENCODING_SHARE, ENCODED_TOGETHER = 0.1, 16
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class Teacher:
 
 
 class Latents:
-    """Those of all images, and then of all images mirrored, float32 `[2 N, 4, h, w]`, encoded when they are first asked
-    for: of many images a short stage comes to few."""
+    """Those of all images, and then of all images mirrored, float32 `[2 N, 4, h, w]`, encoded at the latest when they
+    are asked for: of many images a short stage comes to few."""
 
     def __init__(self, vae: Any, images: RealImages) -> None:
         self._vae, self._pixels = vae, images.pixels
@@ -91,17 +93,21 @@ class Latents:
         self._waiting = torch.ones(count, dtype=torch.bool, device=device)
 
     def __getitem__(self, numbers: Tensor) -> Tensor:
-        """Those of so many numbers, int64 `[n]`."""
+        """Those of these numbers, int64 `[n]`."""
+        self.encode(numbers)
+        return self._kept[numbers]
+
+    def encode(self, numbers: Tensor) -> None:
+        """Encodes those of these numbers that have not been."""
         missing = torch.unique(numbers[self._waiting[numbers]])
-        for first in range(0, len(missing), ENCODED_IN_A_STEP):
-            part = missing[first : first + ENCODED_IN_A_STEP]
+        for first in range(0, len(missing), ENCODED_TOGETHER):
+            part = missing[first : first + ENCODED_TOGETHER]
             mirrored, which = part.div(len(self._pixels), rounding_mode="floor"), part % len(self._pixels)
             pixels = self._pixels[which]
             pixels = torch.where(mirrored.bool().view(-1, 1, 1, 1), pixels.flip(-1), pixels)
-            filled = pixels[torch.arange(ENCODED_IN_A_STEP, device=part.device) % len(part)]
+            filled = pixels[torch.arange(ENCODED_TOGETHER, device=part.device) % len(part)]
             self._kept[part] = encode_images(self._vae, filled)[: len(part)]
             self._waiting[part] = False
-        return self._kept[numbers]
 
 
 def train_diffusion(
@@ -171,7 +177,13 @@ def _latents(vae: Any, images: RealImages, progress: Progress) -> Tensor | Laten
     """Those of all images, and of all images mirrored. A GPU encodes them at once, in seconds: to know which are
     missing, a step would have to wait for it. Raises StoppedError."""
     if images.pixels.device.type == "cpu":
-        return Latents(vae, images)
+        latents = Latents(vae, images)
+        for numbers in torch.split(torch.arange(2 * len(images.pixels)), ENCODED_AT_ONCE):
+            stop_if_told(progress)
+            if processes.agreed(share_over(progress) > ENCODING_SHARE):
+                break
+            latents.encode(numbers)
+        return latents
     parts = []
     for pixels in (images.pixels, images.pixels.flip(-1)):
         for part in torch.split(pixels, ENCODED_AT_ONCE):

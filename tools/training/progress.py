@@ -198,7 +198,7 @@ def steps(
         if place.step % every == 0:
             if processes.agreed(is_over(progress)):
                 break
-            if place.ends is None and place.step > settled[0] and processes.agreed(_share_over(progress) >= STEADY):
+            if place.ends is None and place.step > settled[0] and processes.agreed(share_over(progress) >= STEADY):
                 place.falls, place.ends = place.step, processes.agreed(place.step + _steps_left(progress, settled))
                 saved = -SAVE_SECONDS
                 continue
@@ -223,7 +223,7 @@ def steps(
     save(progress)
 
 
-def _share_over(progress: Progress) -> float:
+def share_over(progress: Progress) -> float:
     """How much of the stage's time is over, 0..1."""
     place = progress.place
     return min(1.0, (progress.budget.elapsed - place.began) / max(place.until - place.began, 1e-9))

@@ -138,7 +138,7 @@ def test_latents_are_encoded_when_they_are_asked_for(networks: Networks, monkeyp
         wanted = encode_images(networks.vae, torch.cat([pixels, pixels.flip(-1)]))[which]
         torch.testing.assert_close(latents[which], wanted, atol=1e-4, rtol=1e-4)
     # 2 of them, none, 17 and 21, always as many at a time.
-    assert encoded == [diffusion.ENCODED_IN_A_STEP] * 5
+    assert encoded == [diffusion.ENCODED_TOGETHER] * 5
 
 
 def test_a_compiled_teacher_learns_as_one_that_is_not(
