@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -63,8 +64,11 @@ class RaySession:
         threading.Thread(target=self._connect, name="ray", daemon=True).start()
 
     def connected(self, seconds: float | None) -> bool:
-        """Whether Ray is there within so many seconds; None waits for it. Raises UsageError where it does not come."""
-        if not self._connected.wait(seconds):
+        """Whether Ray is there within so many seconds; None waits for it. Asked on the main thread. Raises UsageError
+        where it does not come."""
+        there = self._connected.wait(seconds)
+        _take_signals_back()
+        if not there:
             return False
         if self._trouble:
             raise self._trouble
@@ -176,6 +180,13 @@ class RaySession:
             self.ray.init(address=address, runtime_env=env, configure_logging=False, log_to_driver=False)
         if not self.nodes():
             raise ConnectionError("it has no nodes")
+
+
+def _take_signals_back() -> None:
+    """Has SIGTERM mean what it meant before Ray: as it starts it puts a handler in place of ours which prints a stack,
+    and aborts the process three seconds later, when the last file may not be done; as it ends, none."""
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+    signal.alarm(0)
 
 
 def _empty(folder: Path) -> Path:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -69,9 +69,9 @@ def actors(pid: int | None) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.pid)
 
 
-def start(output: Path, *options: str, rounds: int = 1) -> ForkServerProcess:
+def start(output: Path, *options: str, rounds: int = 1, fault: Callable[[], None] | None = None) -> ForkServerProcess:
     """A job of several devices that has made so many rounds, the first file in place."""
-    process = forked.start(output, *options, device=forked.stubs)
+    process = forked.start(output, *options, device=forked.stubs, fault=fault)
     stride = 100 * 3 * 32 * 32 + 8
 
     def at_work() -> bool:
@@ -178,6 +178,15 @@ def test_a_driver_told_to_stop_finishes_the_file_and_another_number_of_devices_g
     warned = {warning for warning in manifest["warnings"] if "devices share" not in warning}
     assert warned == {"out of memory: batches of 50 from now on"}
     assert min(device["images"] for device in manifest["devices"]) > 0, "all of them, in one manner"
+
+
+def test_a_driver_told_to_stop_has_longer_than_ray_would_give_it(tmp_path: Path) -> None:
+    """Its handler of SIGTERM would abort the process after three seconds."""
+    output = tmp_path / "out"
+    process = start(output, *ENDLESS, "--devices", "cpu:2", rounds=4, fault=forked.endless_report)
+    forked.kill(process, signal.SIGTERM)
+    assert end(process, GRACE) == 0, said(output)
+    assert "no time for the report" in said(output) and "SIGTERM received" not in said(output)
 
 
 def test_a_killed_driver_leaves_its_file_and_nothing_of_ray(tmp_path: Path) -> None:
