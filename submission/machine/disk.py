@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
@@ -23,8 +24,8 @@ CONTAINER = "BANKO_CONTAINER"
 # What is mounted where, as this process sees it (proc(5)).
 MOUNTS = Path("/proc/self/mountinfo")
 
-# Where a process finds its open files: as stdout, and by number.
-OPEN_FILES = (Path("/dev"), Path("/dev/fd"))
+# What a process finds its open files as, beside their numbers.
+OPEN_FILES = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
 @contextmanager
@@ -142,12 +143,23 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
     write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
+def _descriptor(path: Path) -> int | None:
+    """That of the open file that a path stands for, if it does."""
+    number = re.fullmatch(r"/dev/fd/([0-9]+)", str(path))
+    return int(number[1]) if number else OPEN_FILES.get(str(path))
+
+
 def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """Writes `path` whole or not at all; into it, where it is a device or stands for an open file. Raises
-    OutputError."""
-    scratch = unfinished(path)
+    """Writes `path` whole or not at all; into it, where it is a device or stands for an open file (`/dev/stdout`).
+    Raises OutputError."""
+    scratch, descriptor = unfinished(path), _descriptor(path)
     try:
-        if path.is_char_device() or path.absolute().parent in OPEN_FILES:
+        if descriptor is not None:
+            sys.stdout.flush()
+            with os.fdopen(os.dup(descriptor), "wb") as stream:  # which is opened anew by no name: it has a position
+                stream.write(content)
+            return
+        if path.is_char_device():
             path.write_bytes(content)
             return
         scratch.write_bytes(content)

@@ -19,6 +19,8 @@ from submission.tasks import Task
 MAX_PICKLE_BYTES = 1 << 16
 # What the pickle of dense tensors, alone or in a dict, refers to; beside these the storage classes, torch.*Storage.
 KNOWN_NAMES = {"torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "collections OrderedDict"}
+# Times that tuples are used again at most: each may double what is to be looked up.
+MOST_TUPLES = 16
 # What imports otherwise, or leaves open what is kept for later.
 NEVER_SAVED = {"STACK_GLOBAL", "INST", "OBJ", "EXT1", "EXT2", "EXT4", "MEMOIZE", "DUP", "POP", "POP_MARK"}
 # Numbers looked at together when searching for NaN and infinity: 16 MB of float32.
@@ -105,20 +107,22 @@ def _check_archive(path: Path) -> None:
 
 
 def _names(pickle: bytes, path: Path) -> list[str]:
-    """What the pickle found in a file imports, as "module name". Refuses one in which a tuple is used twice: a few
-    dozen tuples of the one before, twice, are a key that takes for ever to look up."""
-    names, tuples, before = [], set[object](), ""
+    """What the pickle found in a file imports, as "module name". Refuses one that uses tuples again and again: a few
+    dozen, each of the one before, twice, are a key that takes for ever to look up."""
+    names, tuples, again, before = [], set[object](), 0, ""
     try:
         for opcode, argument, _ in pickletools.genops(pickle):
             if opcode.name == "GLOBAL":
                 names.append(str(argument))
             elif opcode.name in NEVER_SAVED:
                 _refuse(path, f"its pickle has {opcode.name}, which torch.save never writes without a pickle_protocol")
-            elif opcode.name in ("BINPUT", "LONG_BINPUT", "PUT") and before.startswith("TUPLE"):
+            elif opcode.name.endswith("PUT") and before.startswith("TUPLE"):
                 tuples.add(argument)
-            elif opcode.name in ("BINGET", "LONG_BINGET", "GET") and argument in tuples:
-                _refuse(path, "its pickle uses a tuple twice, which no file of plain dense tensors does")
-            before = opcode.name
+            again += opcode.name.endswith("GET") and argument in tuples
+            if again > MOST_TUPLES:
+                _refuse(path, "its pickle uses tuples again and again, which no file of plain dense tensors does")
+            if not opcode.name.endswith("PUT") and opcode.name != "PROTO":  # which leave in place what is there
+                before = opcode.name
     except (ValueError, IndexError, OverflowError) as error:
         _refuse(path, f"its pickle is damaged ({first_line(error)[:120]})")
     return names

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import pytest
 
 from submission import cli
 from submission.machine import disk
+from tests.paths import ROOT
 
 ROOT_MOUNT = "22 1 0:20 / / rw - overlay overlay rw"
 
@@ -21,6 +24,19 @@ def test_what_is_no_file_is_written_into() -> None:
     assert os.read(reader, 100) == b"something"
     os.close(reader)
     os.close(writer)
+
+
+def test_standard_output_in_a_file_is_written_on(tmp_path: Path) -> None:
+    program = """
+from pathlib import Path
+from submission.machine.disk import write_whole
+print("before")
+write_whole(Path("/dev/stdout"), b"content\\n")
+print("after")
+"""
+    with (tmp_path / "log").open("wb") as log:
+        subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=log, check=True)
+    assert (tmp_path / "log").read_text().split() == ["before", "content", "after"]
 
 
 @pytest.fixture

@@ -48,7 +48,8 @@ def test_good_submissions(images: torch.Tensor, task: Task, tmp_path: Path) -> N
 
 def test_good_truth(task: Task, tmp_path: Path) -> None:
     file = tmp_path / "tiny_test.pt"
-    torch.save({"images_val": GOOD, "labels_val": torch.tensor([2, 0, 1, 1, 0, 2])}, file)
+    same = (0.5, 0.5, 0.5)
+    torch.save({"images_val": GOOD, "labels_val": torch.tensor([2, 0, 1, 1, 0, 2]), "mean": same, "std": same}, file)
     read = read_labelled(file, task, "val")
     assert torch.equal(read.images, GOOD)
     assert read.labels.tolist() == [2, 0, 1, 1, 0, 2]
@@ -131,10 +132,10 @@ def sizes_that_are_not_there(file: Path) -> None:
     file.write_bytes(content)
 
 
-# {((((), ()), ((), ())), ...): 1}: each tuple is the one before, twice, sixty times.
-TWICE_AS_LARGE = b"".join(
-    [b"\x80\x02})", *(b"q" + bytes([index]) + b"h" + bytes([index]) + b"\x86" for index in range(60)), b"K\x01s."]
-)
+def twice_as_large(between: bytes) -> bytes:
+    """{((((), ()), ((), ())), ...): 1}: each tuple is the one before, twice, sixty times."""
+    levels = [between + b"q" + bytes([index]) + b"h" + bytes([index]) + b"\x86" for index in range(60)]
+    return b"".join([b"\x80\x02}))\x86", *levels, b"K\x01s."])
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -187,7 +188,9 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "damaged pickle": (lambda file: repack(file, with_pickle(b"\x80\x02X\xff\xff")), "pickle is damaged"),
     "pickle of nothing": (lambda file: repack(file, with_pickle(b"\x80\x02.")), "torch cannot read it"),
     "endless tuples": (lambda file: repack(file, with_pickle(b"\x80\x02" + b"(" * 60000 + b".")), ""),
-    "a key of tuples of tuples": (lambda file: repack(file, with_pickle(TWICE_AS_LARGE)), "a tuple twice"),
+    "a key of tuples of tuples": (lambda file: repack(file, with_pickle(twice_as_large(b""))), "again and again"),
+    "the same, kept twice": (lambda file: repack(file, with_pickle(twice_as_large(b"q\xff"))), "again and again"),
+    "the same, begun anew": (lambda file: repack(file, with_pickle(twice_as_large(b"\x80\x02"))), "again and again"),
     "sizes that are not there": (sizes_that_are_not_there, "cannot be read"),
     "archive of something else": (lambda file: zipfile.ZipFile(file, "w").writestr("a.txt", "a"), ""),
 }
