@@ -46,8 +46,8 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def interrupted_by_signals() -> Iterator[None]:
     """A context in which SIGTERM and SIGHUP end a command as Ctrl-C does, so that what it has started ends with it.
 
-    Nothing may be forked in it: a pool ends its processes by SIGTERM, and one that has only just begun would go on as
-    if it were the command.
+    No pool of processes may be begun in it: it ends them by SIGTERM, and one that has only just been forked would go on
+    as if it were the command.
     """
     heard = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, signal.default_int_handler) for number in heard}

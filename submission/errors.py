@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +63,8 @@ def importing() -> Iterator[None]:
     """Turns what keeps libraries from being imported into a UsageError: packages that are missing, or variables of the
     environment that they do not understand. Where Ctrl-C is Python's, it ends the process at once meanwhile: libraries
     would take it for an error of their own."""
-    interrupts = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    interrupts = on_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if interrupts:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:

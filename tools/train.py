@@ -32,6 +32,7 @@ import transformers
 from safetensors import SafetensorError
 
 from submission.arguments import Parser, add_device, exit_code_of, number_from, parse_seconds
+from submission.engine.maker import out_of_memory
 from submission.errors import BudgetError, OutputError, UsageError, as_word, first_line
 from submission.log import Log, default_style
 from submission.machine.device import choose_device, choose_devices
@@ -71,7 +72,7 @@ LEAST_SECONDS = 30.0
 # Seconds that the end of the process takes, and how much longer the last page may take than the one that was timed.
 EXIT_SECONDS, SLOWER = 2.0, 1.2
 # Until one is timed, a page is taken to take so long: on a CPU by the pixels of the canvases, as two busy cores took.
-PAGE_SECONDS, PAGE_SECONDS_PER_PIXEL = 8.0, 28 / 128**2
+PAGE_SECONDS, PAGE_CORE_SECONDS_PER_PIXEL = 8.0, 2 * 28 / 128**2
 # Stages that decide what the pictures are like.
 TRAINING_STAGES = ("diffusion", "distil", "match")
 # A file of the output.
@@ -168,13 +169,16 @@ def run(options: argparse.Namespace, given: list[str]) -> int:
         words = "stopped while the images were read: go on with --resume"
         if not (options.output / CHECKPOINT).exists():
             raise BudgetError(words) from error
-        print(words)
+        if processes.is_first():
+            print(words)
     except (OSError, SafetensorError) as error:  # not the data's: what reads them has an error of its own
         raise OutputError(
             f"cannot write to {options.output} ({getattr(error, 'strerror', None) or error}): make room and go on with "
             "--resume, or choose another --output"
         ) from error
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise UsageError(
             f"{device.type} has too little memory for this training ({first_line(error)[:80]}): free some, and go on "
             "with --resume"
@@ -202,7 +206,7 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
     state = state_to_resume(options.output, settings, resume=options.resume)
     if state is None:
         forget_sheets(options.output, tasks)
-    budget = start_budget(seconds, began - (state["elapsed"] if state else 0.0))
+    budget = start_budget(seconds, began - (state.get("elapsed", 0.0) if state else 0.0))
     keep_freed_memory()
     torch.backends.cudnn.benchmark = True  # the steps of a stage have batches of a few shapes
     torch.set_num_threads(min(cores(), torch.get_num_threads()))
@@ -222,7 +226,7 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
         progress = Progress(options.output, budget, log, trained, torch.Generator(device), settings)
         if device.type == "cpu":
             pixels = sum(of_canvas.canvas**2 for of_canvas in images)
-            progress.ending = max(PAGE_SECONDS, PAGE_SECONDS_PER_PIXEL * pixels) + EXIT_SECONDS
+            progress.ending = max(PAGE_SECONDS, PAGE_CORE_SECONDS_PER_PIXEL * pixels / cores()) + EXIT_SECONDS
         restore(progress, state)
         if not can_draw(progress) and budget.left < LEAST_SECONDS + progress.ending:
             left, enough = max(0.0, budget.left), math.ceil(budget.elapsed + LEAST_SECONDS + progress.ending)
@@ -249,7 +253,8 @@ def train(options: argparse.Namespace, tasks: list[Task], device: torch.device, 
 
 
 def stop_reading(*_: object) -> None:
-    """What SIGTERM does while the images are read. Raises StoppedError."""
+    """What SIGTERM does while the images are read, once. Raises StoppedError."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise StoppedError
 
 

@@ -159,7 +159,9 @@ def inspect_recipe(recipe: Recipe, source: str) -> Checkpoint:
     configs |= {"model_index": index, "scheduler": _read_json(_folder(recipe, "scheduler") / "scheduler_config.json")}
     for folder in [_folder(recipe, name) for name in tokenizers]:
         configs[folder.name] = _read_json(folder / "tokenizer_config.json")
-        _whole_number(configs, folder.name, "model_max_length", default=CLIP_TOKENS)
+        length = configs[folder.name].get("model_max_length")  # of one that was saved without, 1e30
+        if length is not None and (not isinstance(length, int | float) or length < 1):
+            raise CheckpointError(f"{folder}: model_max_length must be a number of tokens, and is {length!r:.40}")
         # Without its vocabulary a tokenizer loads all the same, and takes every word for unknown.
         vocabulary = _vocabulary(folder)
         if not {"tokenizer.json", "vocab.json"} & {file.name for file in vocabulary}:
@@ -195,7 +197,7 @@ def inspect_recipe(recipe: Recipe, source: str) -> Checkpoint:
         prompt_size,
         tokens * sum(map(_cross_attention_width, weights["unet"].files)),
     )
-    if not recipe.resolution and any(one % found.resolution_step for one in resolutions):
+    if resolutions != (own,) and any(one % found.resolution_step for one in resolutions):
         raise CheckpointError(
             f"{path / 'training.json'}: resolutions {list(resolutions)} are no multiples of {found.resolution_step}, "
             "which the networks need"
@@ -225,7 +227,7 @@ def _trained_for(path: Path, own: int) -> tuple[tuple[int, ...], frozenset[str] 
     resolutions, classes = said.get("resolutions", [own]), said.get("classes")
     if not isinstance(resolutions, list) or not resolutions:
         raise CheckpointError(f"{file}: resolutions must be a list of pixel sizes")
-    if not all(type(one) is int and 0 < one <= MOST_PIXELS for one in resolutions):
+    if resolutions != [own] and not all(type(one) is int and 0 < one <= MOST_PIXELS for one in resolutions):
         raise CheckpointError(f"{file}: resolutions must be pixel sizes, from 1 to {MOST_PIXELS}")
     if classes is None:
         return tuple(sorted(resolutions)), None
@@ -484,9 +486,9 @@ def _refuse_pointer(file: Path, content: bytes) -> None:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if file.exists() and not file.is_file():
-        raise CheckpointError(f"{file} is not a file")  # a pipe would never end
     try:
+        if file.exists() and not file.is_file():
+            raise CheckpointError(f"{file} is not a file")  # a pipe would never end
         text = read_bytes(file, MOST_TEXT)
         _refuse_pointer(file, text)
         content = json.loads(text)

@@ -88,7 +88,8 @@ def in_float32(sampler: Sampler, conditioning: Conditioning) -> tuple[Sampler, C
 def load_scheduler(checkpoint: Checkpoint) -> tuple[Any, bool]:
     """The scheduler that the checkpoint's recipe names, or its own; and whether its steps add noise.
 
-    Raises UsageError where it does not take what it is told, which is tried on latents of zeros.
+    Raises UsageError where it does not take what it is told, which is tried on latents of zeros, and CheckpointError
+    where the checkpoint's own makes no sense.
     """
     import diffusers  # noqa: PLC0415  # slow to import
 
@@ -103,10 +104,14 @@ def load_scheduler(checkpoint: Checkpoint) -> tuple[Any, bool]:
         raise UsageError(f"{where} needs what is not installed: pip install {packages}")
     known = isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)
     known = known and hasattr(kind, "set_timesteps") and hasattr(kind, "step")
-    # What no recipe has asked for is the checkpoint's.
-    refused = UsageError if sampling.scheduler or sampling.settings else CheckpointError
     if not known:
-        raise refused(f"{where}: diffusers has no scheduler of that name, such as EulerDiscreteScheduler")
+        wrong = UsageError if sampling.scheduler else CheckpointError
+        raise wrong(f"{where}: diffusers has no scheduler of that name, such as EulerDiscreteScheduler")
+    if not sampling.scheduler:
+        try:
+            kind.from_config(config)
+        except Exception as error:  # of any class: what it computes with is the checkpoint's
+            raise CheckpointError(f"{where} does not take its scheduler_config.json ({first_line(error)})") from error
     unknown = set(sampling.settings) - set(inspect.signature(kind).parameters)
     if unknown:
         raise UsageError(f"{where} has no setting {min(unknown)!r}")
@@ -131,7 +136,7 @@ def load_scheduler(checkpoint: Checkpoint) -> tuple[Any, bool]:
     except UsageError:
         raise
     except Exception as error:  # of any class: what it computes with is the user's
-        raise refused(f"{where} does not take {sampling.settings or sampling} ({first_line(error)})") from error
+        raise UsageError(f"{where} does not take {sampling.settings or sampling} ({first_line(error)})") from error
     noisy = not torch.equal(*ends)
     if noisy and "generator" not in inspect.signature(kind.step).parameters:
         raise UsageError(f"{where} draws noise for a whole batch, and images here are drawn one by one: choose another")

@@ -79,10 +79,14 @@ class Allowance:
         the next turn.
         """
         if self.shared:
-            left, others = self.start + self.seconds - began, len(classes) - 1
+            left = self.start + self.seconds - began
             least = min(LEAST_SHARE, left / len(classes))
-            share = min(max(least, left * classes[0] / sum(classes)), left - others * least)
-            budget, end = Budget(share, began), Budget(left, began)
+            to_split, of = left, sum(classes)
+            for few in sorted(classes)[:-1]:
+                if to_split * few >= least * of:
+                    break
+                to_split, of = to_split - least, of - few
+            budget, end = Budget(max(least, to_split * classes[0] / of), began), Budget(left, began)
         else:
             budget, end = Budget(self.seconds, began), Budget(self.seconds * len(classes), began)
         return budget, end if len(classes) > 1 else budget

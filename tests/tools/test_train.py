@@ -292,12 +292,16 @@ def test_under_a_launcher_a_gpu_that_is_not_there_is_said(
     assert code == 2 and "--device cuda" in said
 
 
-@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory.\nOf 8 GiB")])
+def out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nOf 8 GiB")
+
+
+@pytest.mark.parametrize("take", [out_of_memory, lambda: torch.empty(10**14), lambda: bytearray(1 << 60)])
 def test_too_little_memory_is_said(
-    error: Exception, data: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+    take: Callable[[], object], data: Path, tmp_path: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def build(*_: object) -> None:
-        raise error
+        take()
 
     monkeypatch.setattr(train, "build_networks", build)
     code, said = refused("--data", data, "--output", tmp_path / "out")

@@ -40,6 +40,7 @@ def run_job(
             return None
         if done.returncode:
             command = " ".join(["./run.sh", task, *options])
-            raise InputFileError(f"{command} ended with exit code {done.returncode}: {done.stderr.strip()}")
+            said_last = "".join(done.stderr.splitlines()[-1:])
+            raise InputFileError(f"{command} ended with exit code {done.returncode}: {said_last}")
         manifest: dict[str, Any] = json.loads((Path(folder) / f"{load_task(task).name}.json").read_bytes())
         return manifest

@@ -20,7 +20,7 @@ from tools.scoring.training import BATCH_SIZE, Measure, Schedule, train
 from tools.training import processes
 from tools.training.arithmetic import computing
 from tools.training.images import RealImages, to_unit
-from tools.training.progress import Pace, Progress, is_over, save, stop_if_told
+from tools.training.progress import OVERRUN, Pace, Progress, save, stop_if_told
 
 SIZE = 32  # pixels of the pictures it sees
 STEPS = 1000  # of SGD, at most; its accuracy on images of 300 classes still rises slowly then
@@ -37,11 +37,12 @@ class _LateError(Exception):
 
 def train_critic(progress: Progress, images: Sequence[RealImages]) -> dict[str, Tensor]:
     """Weights of a ConvNet that learnt the images, SIZE px wide, as the evaluator trains, in the stage's time, STEPS at
-    most; one that turns out to be late is left as it is then. Raises StoppedError.
+    most; one that turns out to be late is left as it is then. One that begins anew, in a resumed training, has all of
+    the time again. Raises StoppedError.
 
     Draws from torch's global generators, seeded by the training's seed, and leaves them as they were.
     """
-    place, device = progress.place, progress.generator.device
+    place, device, began = progress.place, progress.generator.device, progress.budget.elapsed
     pixels = torch.cat([normalised(to_unit(resized(of_canvas.pixels, SIZE))).half() for of_canvas in images])
     labels = torch.cat([of_canvas.labels for of_canvas in images])
 
@@ -49,7 +50,7 @@ def train_critic(progress: Progress, images: Sequence[RealImages]) -> dict[str, 
         place.step = step
         progress.log.status(Pace(place, BATCH_SIZE, (0, place.began), progress.budget.elapsed))
         stop_if_told(progress)
-        if processes.agreed(is_over(progress)):
+        if processes.agreed(progress.budget.elapsed - began > (1 + OVERRUN) * (place.until - place.began)):
             raise _LateError
 
     def learn(steps: int) -> dict[str, Tensor]:
@@ -69,9 +70,9 @@ def train_critic(progress: Progress, images: Sequence[RealImages]) -> dict[str, 
 
     if place.ends is None:
         learn(1)  # allocates
-        began = progress.budget.elapsed
+        probing = progress.budget.elapsed
         learn(PROBED)
-        pace = max((progress.budget.elapsed - began) / PROBED, 1e-9)
+        pace = max((progress.budget.elapsed - probing) / PROBED, 1e-9)
         left = place.until - progress.budget.elapsed
         place.ends = processes.agreed(min(STEPS, max(1, int(left / pace))))
         save(progress)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from submission.errors import UsageError, first_line
 
-# Seconds that the other processes have left when one has failed, to say so themselves.
+# Seconds that the other processes have left when one has ended, to do so themselves.
 PATIENCE = 3.0
 
 
@@ -48,7 +48,7 @@ def the_first_speaks() -> Iterator[None]:
         yield
     except Exception:
         if not is_first():
-            time.sleep(2 * PATIENCE)
+            time.sleep(4 * PATIENCE)
         raise
 
 
@@ -95,7 +95,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
 
 def run_together(command: Sequence[str], processes: int) -> int:
     """Runs a command in so many processes of this machine, which find each other as torchrun's do; returns the exit
-    code of the first that fails, or 0. Signals to finish are passed on; where one fails, the others are ended."""
+    code of the first that fails, or 0. Signals to finish are passed on; where one ends, the others have to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -111,10 +111,13 @@ def run_together(command: Sequence[str], processes: int) -> int:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: tell(number))
-    while None in (codes := [process.poll() for process in started]):
-        if failed := [code for code in codes if code]:
-            time.sleep(PATIENCE)
-            tell(signal.SIGKILL)  # they would wait for it for ever
-            return failed[0]
+    while all(process.poll() is None for process in started):
         time.sleep(0.1)
+    # They leave each other together (`leave`): who is not gone soon waits for one that is, for ever.
+    until = time.monotonic() + PATIENCE
+    for process in started:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0.0, until - time.monotonic()))
+    codes = [process.poll() for process in started]
+    tell(signal.SIGKILL)
     return next((code for code in codes if code), 0)

@@ -140,10 +140,11 @@ def restore(progress: Progress, state: dict[str, Any] | None) -> None:
             ) from error
         said = progress.log.warnings
         said += [text for text in progress.journal.warnings if text not in said]
-        # The budget may be another one. With a longer one the rates, where they have begun to fall, rise again.
-        place, before = progress.place, progress.place.until
-        place.until = _end_of(progress, place.stage, place.began)
-        if place.until > before:
+        # The budget may be another one. With a much longer one the rates, where they have begun to fall, rise again.
+        place = progress.place
+        longer = max(place.until, _end_of(progress, place.stage, place.began))
+        place.until = min(longer, progress.budget.seconds - progress.ending)
+        if share_over(progress) < STEADY:
             place.falls = place.ends = None
     if processes.is_first():
         (progress.output / LOG).write_text("".join(line + "\n" for line in progress.journal.lines))
@@ -196,7 +197,7 @@ def steps(
     every = 1  # steps between looks at the clock
     while place.ends is None or place.step < place.ends:
         if place.step % every == 0:
-            if processes.agreed(is_over(progress)):
+            if processes.agreed(_is_over(progress)):
                 break
             if place.ends is None and place.step > settled[0] and processes.agreed(share_over(progress) >= STEADY):
                 place.falls, place.ends = place.step, processes.agreed(place.step + _steps_left(progress, settled))
@@ -235,7 +236,7 @@ def _steps_left(progress: Progress, settled: tuple[int, float]) -> int:
     return max(0, round((place.until - now) * (place.step - settled[0]) / max(now - settled[1], 1e-9)))
 
 
-def is_over(progress: Progress) -> bool:
+def _is_over(progress: Progress) -> bool:
     """Whether the stage ends before its steps are done: it is late, or the training was told to stop."""
     place, end = progress.place, progress.budget.seconds - progress.ending
     late = min(place.until + OVERRUN * (place.until - place.began), max(place.until, end))
@@ -394,5 +395,7 @@ def load_whole(path: Path) -> Any:
     """What `save_whole` saved, on the CPU. Raises OutputError for a file that it did not."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be read ({error.strerror})") from error
     except Exception as error:  # of any class: the file may be anything
         raise OutputError(f"{path} cannot be read, damaged or no training's: choose another --output") from error

@@ -180,7 +180,8 @@ def test_a_pipe_in_the_place_of_a_configuration_is_not_waited_for(copy: Path) ->
 def test_a_tokenizer_saved_without_a_length_reads_what_the_encoder_does(copy: Path, checkpoint_folder: Path) -> None:
     for folder in ("tokenizer", "tokenizer_2"):
         file = copy / folder / "tokenizer_config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": int(1e30)}))
+        length = int(1e30) if folder == "tokenizer" else 1e30
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": length}))
     prompts = ["apple", "a" * 100]
     made = [
         encode_prompts(inspect(folder, "test"), prompts, torch.device("cpu"), torch.float32).embeds
@@ -193,7 +194,10 @@ def test_a_tokenizer_saved_without_a_length_reads_what_the_encoder_does(copy: Pa
 def test_a_scheduler_of_the_checkpoint_that_there_is_not_is_its_fault(copy: Path) -> None:
     file = copy / "scheduler/scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_start": "x"}))
-    with pytest.raises(CheckpointError, match="does not take"):
+    with pytest.raises(CheckpointError, match=r"does not take its scheduler_config.json"):
+        load_scheduler(inspect(copy, "test"))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "NoScheduler", "beta_start": 0.1}))
+    with pytest.raises(CheckpointError, match="no scheduler of that name"):
         load_scheduler(inspect(copy, "test"))
 
 

@@ -35,6 +35,12 @@ def test_shared_time_is_never_overrun_and_none_of_it_is_lost(seconds: float, tas
         now += part * budget.seconds
 
 
+def test_tasks_of_as_many_classes_have_as_much_of_shared_time() -> None:
+    for order in ([100, 3, 100], [100, 100, 3]):
+        budget, _ = Allowance(60.0, start=0.0, shared=True).turn(order, 0.0)
+        assert budget.seconds == pytest.approx(22.5)
+
+
 @given(st.floats(1, 3600), TASKS)
 def test_each_task_has_a_budget_from_its_turn_on(seconds: float, tasks: list[tuple[int, float]]) -> None:
     allowance, now = Allowance(seconds, start=100.0), 100.0

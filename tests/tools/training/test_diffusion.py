@@ -139,6 +139,8 @@ def test_latents_are_encoded_when_they_are_asked_for(networks: Networks, monkeyp
         torch.testing.assert_close(latents[which], wanted, atol=1e-4, rtol=1e-4)
     # 2 of them, none, 17 and 21, always as many at a time.
     assert encoded == [diffusion.ENCODED_TOGETHER] * 5
+    every = torch.arange(40)
+    assert torch.equal(Latents(networks.vae, images)[every], latents[every]), "whatever they were encoded beside"
 
 
 def test_a_compiled_teacher_learns_as_one_that_is_not(

@@ -178,15 +178,19 @@ def test_a_longer_budget_gives_the_stage_at_hand_more_time_and_a_shorter_one_les
     before = begin(clock, "diffusion")
     before.output = tmp_path
     before.place.falls, before.place.ends = 3, 5
+    clock.now = before.place.until - 50
     keep(before)
     state = load_whole(tmp_path / STATE)
     for seconds in (BUDGET / 2, BUDGET, 2 * BUDGET):
         budget = Budget(seconds, 0.0, clock)
         begun = Progress(tmp_path, budget, Log("kept", budget), {}, torch.Generator(), {"seed": 0})
+        clock.now = 10.0
         begin_stage(begun, "diffusion")
+        clock.now = before.place.until - 50
         after = Progress(tmp_path, budget, Log("kept", budget), {}, torch.Generator(), {"seed": 0})
         restore(after, state)
-        assert after.place.until == begun.place.until
+        wanted = begun.place.until if seconds >= BUDGET else min(before.place.until, seconds - before.ending)
+        assert after.place.until == pytest.approx(wanted)
         assert (after.place.ends is None) == (seconds > BUDGET), "with more time the rates have not begun to fall"
 
 
