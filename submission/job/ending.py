@@ -69,6 +69,7 @@ class Ending:
         if self.complete:
             if self._report_under_way:
                 self._log.say(self._report_under_way)
+            release(self._request.output)
             return
         if extent is None:
             if not spool.count:

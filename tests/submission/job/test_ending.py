@@ -379,6 +379,7 @@ def test_a_report_that_takes_too_long_is_left_undone(tmp_path: Path) -> None:
     assert end(process, GRACE) == 0, said(output)
     assert manifest_of(output)["ipc"] == 2 and not (output / "cifar100.html").exists()
     assert "no time for the report: ./run.sh report" in said(output)
+    assert {path.name for path in output.iterdir()} == {"cifar100.pt", "cifar100.json", "cifar100.png"}
     assert end(forked.start(output, "--max-ipc", "1")) == 0, "nobody is kept out of the folder"
     assert manifest_of(output)["warnings"] == []
 
