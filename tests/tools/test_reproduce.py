@@ -27,14 +27,21 @@ def test_copies_stand_behind_their_images_and_below_them_in_the_figure(tmp_path:
     assert np.array_equal(figure[32:64, :32], made[2, 0].transpose(1, 2, 0)), "its first copy"
 
 
+@pytest.fixture
+def truth(tmp_path: Path) -> Path:
+    """The folder of a test set with an image of each class."""
+    folder = tmp_path / "truth"
+    folder.mkdir()
+    content = {"images_val": torch.randn(100, 3, 32, 32), "labels_val": torch.arange(100)}
+    torch.save(content, folder / "cifar100_test.pt")
+    return folder
+
+
 def test_the_table_has_the_published_order_beside_the_right_one(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    truth: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    truth = {"images_val": torch.randn(100, 3, 32, 32), "labels_val": torch.arange(100)}
-    (tmp_path / "truth").mkdir()
-    torch.save(truth, tmp_path / "truth/cifar100_test.pt")
     output = tmp_path / "out"
-    options = ["--truth_dir", str(tmp_path / "truth"), "--output_dir", str(output), "--protocol", "official"]
+    options = ["--truth_dir", str(truth), "--output_dir", str(output), "--protocol", "official"]
     job = ["--model", "embedded", "--device", "cpu", "--budget", "90s", "--batch-size", "500"]
     assert reproduce.main(["--tasks", "cifar100", *options, "--max-steps", "1", "--runs", "1", *job]) == 0, (
         capfd.readouterr().err
@@ -57,8 +64,12 @@ def test_the_table_has_the_published_order_beside_the_right_one(
         assert figure.size == (960, 480)
 
 
-def test_what_cannot_be_reproduced_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_reproduced_is_one_line(truth: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert reproduce.main(["--tasks", "cifar10"]) == 2
     assert "nothing was published of cifar10: the tasks are cifar100 and tinyimagenet" in capfd.readouterr().err
-    assert reproduce.main(["--model", "/no/where", "--output_dir", str(tmp_path / "out")]) == 6
+    options = ["--output_dir", str(tmp_path / "out"), "--truth_dir", str(truth)]
+    assert reproduce.main([*options, "--model", "/no/where"]) == 6
+    said = capfd.readouterr().err
+    assert "tinyimagenet_test.pt: no such file" in said and said.count("\n") == 1, "before anything is made"
+    assert reproduce.main(["--tasks", "cifar100", *options, "--model", "/no/where"]) == 6
     assert "./run.sh cifar100 ended with exit code 4, as said above" in capfd.readouterr().err
