@@ -144,7 +144,7 @@ def restore(progress: Progress, state: dict[str, Any] | None) -> None:
         place = progress.place
         longer = max(place.until, _end_of(progress, place.stage, place.began))
         place.until = min(longer, progress.budget.seconds - progress.ending)
-        if share_over(progress) < STEADY:
+        if place.falls is not None and share_over(progress) < STEADY:
             place.falls = place.ends = None
     if processes.is_first():
         (progress.output / LOG).write_text("".join(line + "\n" for line in progress.journal.lines))

@@ -194,6 +194,17 @@ def test_a_longer_budget_gives_the_stage_at_hand_more_time_and_a_shorter_one_les
         assert (after.place.ends is None) == (seconds > BUDGET), "with more time the rates have not begun to fall"
 
 
+def test_a_critic_that_begins_anew_has_as_many_steps(tmp_path: Path) -> None:
+    clock = Clock()
+    before = begin(clock, "critic")
+    before.output, before.place.ends = tmp_path, 7
+    keep(before)
+    for seconds in (BUDGET, 2 * BUDGET):
+        after = Progress(tmp_path, Budget(seconds, 0.0, clock), before.log, {}, torch.Generator(), {"seed": 0})
+        restore(after, load_whole(tmp_path / STATE))
+        assert after.place.ends == 7
+
+
 def test_the_state_of_another_version_is_said_to_be_one(tmp_path: Path) -> None:
     before = begin(Clock())
     before.output = tmp_path
