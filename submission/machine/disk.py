@@ -23,7 +23,6 @@ NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 CONTAINER = "BANKO_CONTAINER"
 # What is mounted where, as this process sees it (proc(5)).
 MOUNTS = Path("/proc/self/mountinfo")
-
 # What a process finds its open files as, beside their numbers.
 OPEN_FILES = {"/dev/stdout": 1, "/dev/stderr": 2}
 

@@ -154,8 +154,8 @@ class Guard:
                     seconds = self._budget.seconds
                     longer = math.ceil(2 * max(seconds, self._budget.elapsed))
                     over = BudgetError(
-                        f"a budget of {seconds:.4g} s is over before the model is loaded: give a longer one, such as "
-                        f"--budget {longer}s"
+                        f"a budget of {round(seconds, 2):g} s is over before the model is loaded: give a longer one, "
+                        f"such as --budget {longer}s"
                     )
                     print(f"error: {self._awaited or over}", file=sys.stderr)
                     self._exit((self._awaited or over).exit_code)

@@ -203,7 +203,7 @@ class Planner:
         if not self.paced:
             longer = math.ceil(2 * max(seconds, self.budget.elapsed))  # later than a task's share of a total
             return BudgetError(
-                f"a budget of {seconds:.4g} s cannot hold one round: it is over before the first of "
+                f"a budget of {round(seconds, 2):g} s cannot hold one round: it is over before the first of "
                 f"{math.ceil(classes / self.batch_size)} batches is done; try --budget {longer}s or "
                 "--batch-size 1"
             )
@@ -212,8 +212,8 @@ class Planner:
         write = self._reserve(classes)
         needed = start + generate + write
         return BudgetError(
-            f"a budget of {seconds:.4g} s cannot hold one round: {classes} images need about {needed:.0f} s here "
-            f"({start:.1f} to start, {generate:.1f} to generate, {write:.1f} to write); "
+            f"a budget of {round(seconds, 2):g} s cannot hold one round: {classes} images need about {needed:.0f} s "
+            f"here ({start:.1f} to start, {generate:.1f} to generate, {write:.1f} to write); "
             f"try --budget {math.ceil(1.2 * needed)}s"
         )
 
