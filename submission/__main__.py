@@ -15,7 +15,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 gc.disable()
 
 from submission.cli import main  # noqa: E402
-from submission.streams import leave, open_streams  # noqa: E402
+from submission.streams import exit_at_once, open_streams  # noqa: E402
 
 open_streams()
-leave(main(process_start=PROCESS_START))
+exit_at_once(main(process_start=PROCESS_START))

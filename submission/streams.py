@@ -56,8 +56,8 @@ def open_streams() -> None:
         setattr(sys, name, stream)
 
 
-def leave(code: int) -> NoReturn:
-    """Ends the process at once, when all that was said is out: taking torch and its libraries apart in order takes up
+def exit_at_once(code: int) -> NoReturn:
+    """Ends the process, when all that was said is out: taking torch and its libraries apart in order takes up
     to three seconds, and may abort where threads of theirs are still at work."""
     sys.stdout.flush()
     sys.stderr.flush()

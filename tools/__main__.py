@@ -8,7 +8,7 @@ import sys
 import tools
 from submission.arguments import Parser, exit_code_of
 from submission.errors import importing
-from submission.streams import leave
+from submission.streams import exit_at_once
 
 # Threads that wait for each other sleep instead of spinning, as in the job (`submission.__main__`). Beside another busy
 # process on two cores a training of 60 s took 75 s with the default, and 63 s so; with the cores to itself, the
@@ -34,4 +34,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_at_once(main())

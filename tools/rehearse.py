@@ -11,7 +11,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from submission import cli
 from submission.arguments import Parser, exit_code_of, interrupted_by_signals, parse_seconds
 from submission.errors import InputFileError
 from submission.tasks import Task, load_task
+from tools import environment_of_run
 from tools.reading.manifests import read_json
 from tools.scoring.findings import audit
 
@@ -106,12 +106,9 @@ def rehearse(options: argparse.Namespace, job: argparse.Namespace, passed_on: Se
 def run_job(arguments: Sequence[str], limit: float) -> tuple[float, int | None]:
     """Runs the job for at most `limit` seconds. Returns the seconds after which it was gone, and its exit code, None
     where it was killed at the limit."""
-    environment = dict(os.environ)
-    environment.pop("BANKO_STARTED_AT", None)  # which a harness outside does not set
-    environment.setdefault("BANKO_PYTHON", sys.executable)
     code: int | None = None
     began = time.monotonic()
-    process = subprocess.Popen([str(RUN), *arguments], env=environment, start_new_session=True)
+    process = subprocess.Popen([str(RUN), *arguments], env=environment_of_run(), start_new_session=True)
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = process.wait(limit - (time.monotonic() - began))

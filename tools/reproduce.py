@@ -7,9 +7,7 @@ Diffusion Model" (arXiv 2408.08610), with the published class order of CIFAR-100
 import argparse
 import io
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from submission.dataset.dataset_file import FileSpec, mean_and_std, write_datase
 from submission.errors import InputFileError, OutputError, UsageError
 from submission.machine.disk import write_whole
 from submission.tasks import Task, load_task
+from tools import environment_of_run
 from tools.reading.real_images import find_test_images
 from tools.reading.tensor_files import read_submission
 from tools.scoring.class_order import known_orders
@@ -168,9 +167,7 @@ def score(row: Row, options: argparse.Namespace) -> list[float]:
 
 def call(arguments: Sequence[str]) -> None:
     """Runs the job or a tool as a person would. Raises InputFileError where it fails; it has said why."""
-    environment = {"BANKO_PYTHON": sys.executable} | os.environ
-    environment.pop("BANKO_STARTED_AT", None)  # the job's own budget begins with it
-    if code := subprocess.run([str(RUN), *arguments], env=environment, check=False).returncode:
+    if code := subprocess.run([str(RUN), *arguments], env=environment_of_run(), check=False).returncode:
         raise InputFileError(f"./run.sh {arguments[0]} ended with exit code {code}, as said above")
 
 

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Collection, Sequence
 from functools import partial
@@ -13,6 +12,7 @@ from typing import Any
 from submission.arguments import interrupted_by_signals
 from submission.errors import BudgetError, InputFileError
 from submission.tasks import load_task
+from tools import environment_of_run
 
 RUN = Path(__file__).resolve().parents[2] / "run.sh"
 
@@ -25,12 +25,10 @@ def run_job(
 
     Raises InputFileError where it fails.
     """
-    said = {"BANKO_PYTHON": sys.executable} | os.environ | environment
-    said.pop("BANKO_STARTED_AT", None)  # its budget begins with it
     with tempfile.TemporaryDirectory() as folder, interrupted_by_signals():
         done = subprocess.run(
             [str(RUN), task, *options, "--output", folder],
-            env=said,
+            env=environment_of_run() | environment,
             preexec_fn=partial(os.sched_setaffinity, 0, cores) if cores else None,
             capture_output=True,
             text=True,
